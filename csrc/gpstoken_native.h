@@ -1,0 +1,86 @@
+/* The C interface of the native libraries: plain pointers and sizes, no torch, no C++ types.
+ *
+ * libgpstoken_cpu and libgpstoken_cuda export the functions below; gpstoken_diffusers/ops/native.py loads them with
+ * ctypes. Raise GPSTOKEN_ABI_VERSION whenever a signature or the meaning of an argument changes, here and in
+ * native.py: a library of another version is refused instead of called wrongly.
+ *
+ * Conventions
+ *   - every array is dense and row-major; the caller owns all memory;
+ *   - geometry is float32, (batch, tokens, 5) = sigma_x, sigma_y, rho, x, y; grad_geometry likewise;
+ *   - texture, out, grad_out and grad_texture have the element type that `dtype` names; sums are kept in float32;
+ *   - outputs are overwritten, so they need no initialisation;
+ *   - a size of zero is legal wherever it makes sense;
+ *   - the result is 0 (GPSTOKEN_OK) or one of the codes below.
+ */
+#ifndef GPSTOKEN_NATIVE_H
+#define GPSTOKEN_NATIVE_H
+
+#include <stdint.h>
+
+#define GPSTOKEN_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define GPSTOKEN_API __declspec(dllexport)
+#else
+#define GPSTOKEN_API __attribute__((visibility("default")))
+#endif
+
+/* Element types. */
+#define GPSTOKEN_FLOAT32 0
+#define GPSTOKEN_FLOAT16 1
+#define GPSTOKEN_BFLOAT16 2
+
+/* Result codes. A CUDA runtime error e is reported as GPSTOKEN_CUDA_ERROR + e. */
+#define GPSTOKEN_OK 0
+#define GPSTOKEN_INVALID_ARGUMENT 1
+#define GPSTOKEN_UNSUPPORTED_DTYPE 2
+#define GPSTOKEN_OUT_OF_MEMORY 3
+#define GPSTOKEN_TOO_MANY_TOKENS 4 /* partition: fewer splittable regions than tokens asked for */
+#define GPSTOKEN_CUDA_ERROR 1000
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Both libraries. */
+GPSTOKEN_API int gpstoken_abi_version(void);
+
+/* ---- libgpstoken_cpu ---- */
+
+/* The instruction set that run-time dispatch picked: "avx512", "avx2" or "baseline". */
+GPSTOKEN_API const char* gpstoken_cpu_isa(void);
+
+/* out (B, C, H, W) = sum over tokens of weight * texture; see splat.h for the weight. */
+GPSTOKEN_API int gpstoken_splat_forward_cpu(const float* geometry, const void* texture, void* out, int64_t B, int64_t N,
+                                            int64_t C, int64_t H, int64_t W, float support, int dtype,
+                                            int num_threads);
+
+/* Gradients of sum(out * grad_out) with the boxes held fixed. */
+GPSTOKEN_API int gpstoken_splat_backward_cpu(const float* geometry, const void* texture, const void* grad_out,
+                                             float* grad_geometry, void* grad_texture, int64_t B, int64_t N, int64_t C,
+                                             int64_t H, int64_t W, float support, int dtype, int num_threads);
+
+/* grey (B, H, W) in [-1, 1] and an optional per-pixel bias (B, H, W) -> regions (B, N, 4) = x0, y0, x1, y1,
+ * inclusive pixel indices. bias may be NULL. */
+GPSTOKEN_API int gpstoken_partition_cpu(const float* grey, const float* bias, int32_t* regions, int64_t B, int64_t H,
+                                        int64_t W, int64_t N, int min_region_size, double entropy_exponent,
+                                        int num_threads);
+
+/* ---- libgpstoken_cuda: device pointers of the current device, work queued on `stream` (a cudaStream_t) ---- */
+
+GPSTOKEN_API int gpstoken_splat_forward_cuda(const float* geometry, const void* texture, void* out, int64_t B,
+                                             int64_t N, int64_t C, int64_t H, int64_t W, float support, int dtype,
+                                             void* stream);
+
+GPSTOKEN_API int gpstoken_splat_backward_cuda(const float* geometry, const void* texture, const void* grad_out,
+                                              float* grad_geometry, void* grad_texture, int64_t B, int64_t N,
+                                              int64_t C, int64_t H, int64_t W, float support, int dtype, void* stream);
+
+/* The CUDA runtime's words for code - GPSTOKEN_CUDA_ERROR. */
+GPSTOKEN_API const char* gpstoken_cuda_error_string(int code);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* GPSTOKEN_NATIVE_H */

@@ -1,0 +1,281 @@
+#!/usr/bin/env python
+"""Trains an AutoencoderGPSToken on a folder of photographs: reconstruction loss, EMA, checkpoints that resume.
+
+    python examples/fetch_photographs.py --output data/photographs
+    accelerate launch examples/train_autoencoder.py --train_dir data/photographs/train \
+        --validation_dir data/photographs/heldout --output_dir runs/mini
+
+One process or many, CPU or GPU: `accelerate config` decides. `--resume_from_checkpoint latest` goes on where a run was
+stopped. The averaged weights are saved to OUTPUT_DIR/model as a diffusers folder at every checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from gpstoken_diffusers import AutoencoderGPSToken
+from gpstoken_diffusers.metrics import psnr
+from gpstoken_diffusers.training.data import PhotographCrops, center_crop, list_images, to_pixel_values
+
+logger = logging.getLogger("train_autoencoder")
+
+# The shipped small model. Everything in it is local but the refinement transformer.
+MINI_CONFIG = {
+    "num_tokens": 256,
+    "texture_channels": 32,
+    "stem_channels": 128,
+    "stem_patch_size": 4,
+    "stem_num_layers": 2,
+    "roi_size": 4,
+    "region_reading": "flatten",
+    "hidden_size": 256,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "decoder_type": "lattice",
+    "decoder_block_out_channels": (64, 192),
+    "decoder_num_layers": 6,
+    "lattice_size": 4,
+    "lattice_channels": 32,
+    "decode_mode": "merge",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train_dir", required=True, help="Folder of training images, searched with its subfolders.")
+    add("--validation_dir", help="Folder of held-out images; none of them is trained on.")
+    add("--output_dir", required=True, help="Where checkpoints, the model, curves and pictures go.")
+    add("--pretrained", help="Folder of a model to start from; default: the mini configuration, fresh.")
+    add("--config", help="JSON file of AutoencoderGPSToken arguments that replace those of the mini configuration.")
+    add("--resolution", type=int, default=256, help="Side of the training crops, which is also the model's tile.")
+    add("--num_tokens", type=int, default=256, help="Tokens per crop.")
+    add("--token_jitter", type=float, default=0.25, help="Each batch draws its token count from num_tokens (1 +- this).")
+    add("--batch_size", type=int, default=8, help="Crops per step and process.")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--max_train_steps", type=int, default=20000)
+    add("--learning_rate", type=float, default=6e-4)
+    add("--warmup_steps", type=int, default=200)
+    add("--final_lr_scale", type=float, default=0.02, help="The cosine ends at this share of the learning rate.")
+    add("--l1_weight", type=float, default=1.0)
+    add("--l2_weight", type=float, default=1.0)
+    add("--weight_decay", type=float, default=0.01)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--ema_decay", type=float, default=0.999)
+    add("--mixed_precision", default="bf16", choices=["no", "fp16", "bf16"])
+    add("--gradient_checkpointing", action="store_true")
+    add("--num_workers", type=int, default=1)
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int, default=2)
+    add("--resume_from_checkpoint", help='A checkpoint folder, or "latest".')
+    add("--validation_steps", type=int, default=500)
+    add("--max_validation_images", type=int, default=32)
+    add("--max_minutes", type=float, help="Stop, with a checkpoint, after this many minutes.")
+    add("--seed", type=int, default=0)
+    add("--report_to", default=None, help='Tracker of accelerate, such as "tensorboard".')
+    args = parser.parse_args(argv)
+    if not 0 <= args.token_jitter < 1:
+        parser.error("--token_jitter must lie in [0, 1)")
+    return args
+
+
+def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
+    """The model to train, with its tile at the training resolution (the weights do not depend on it)."""
+    tile = {"sample_size": args.resolution, "map_size": args.resolution // 4, "num_tokens": args.num_tokens}
+    if args.pretrained:
+        return AutoencoderGPSToken.from_pretrained(args.pretrained, **tile)
+    config = dict(MINI_CONFIG)
+    if args.config:
+        config.update(json.loads(Path(args.config).read_text(encoding="utf-8")))
+    return AutoencoderGPSToken(**{**config, **tile})
+
+
+class TokenCountBatches(PhotographCrops):
+    """Crops whose token count varies from batch to batch, so that the model works at any count."""
+
+    def __init__(self, args: argparse.Namespace, length: int, seed: int):
+        super().__init__(args.train_dir, args.resolution, args.num_tokens, length, seed)
+        self.batch_size, self.jitter, self.most = args.batch_size, args.token_jitter, args.num_tokens
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index // self.batch_size)
+        share = 1 + self.jitter * (2 * torch.rand((), generator=generator).item() - 1)
+        self.num_tokens = max(1, round(self.most * share))
+        return super().__getitem__(index)
+
+
+def reconstruction_loss(reconstruction: Tensor, target: Tensor, args: argparse.Namespace) -> Tensor:
+    difference = reconstruction.float() - target
+    return args.l1_weight * difference.abs().mean() + args.l2_weight * difference.square().mean()
+
+
+def learning_rate_scale(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to `final_lr_scale`."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    progress = min(1.0, (step - args.warmup_steps) / max(1, args.max_train_steps - args.warmup_steps))
+    return args.final_lr_scale + (1 - args.final_lr_scale) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def validate(model: AutoencoderGPSToken, images: Tensor, sheet: Path, args: argparse.Namespace) -> float:
+    """Mean PSNR over held-out crops, and a sheet of pictures: inputs above their reconstructions."""
+    model.eval()
+    device = next(model.parameters()).device
+    scores, pictures = [], []
+    for batch in images.split(4):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision != "no"):
+            output = model(batch.to(device)).sample
+        output = output.float().cpu().clamp(-1, 1)
+        scores.append(psnr(output, batch))
+        pictures.append(output)
+    model.train()
+    rows = [torch.cat(list(rows[:8]), dim=2) for rows in (images, torch.cat(pictures))]
+    array = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(sheet)
+    return torch.cat(scores).mean().item()
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def save_checkpoint(accelerator: Accelerator, ema: EMAModel, step: int, args: argparse.Namespace) -> None:
+    """Writes a checkpoint whole or not at all: into a temporary folder that is renamed once complete."""
+    output_dir = Path(args.output_dir)
+    temporary, final = output_dir / f"tmp-checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    accelerator.save_state(str(temporary))
+    if not accelerator.is_main_process:
+        return
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    kept = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    for old in kept[: -args.checkpoints_total_limit]:
+        shutil.rmtree(old)
+    model = accelerator.unwrap_model(accelerator._models[0])
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    model.save_pretrained(output_dir / "model")
+    ema.restore(model.parameters())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    set_seed(args.seed)
+    model = build_model(args).to(memory_format=torch.channels_last)
+    model.train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.99)
+    )
+    steps = args.max_train_steps
+    dataset = TokenCountBatches(args, steps * args.batch_size * accelerator.num_processes, args.seed)
+    loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, args))
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    if accelerator.is_main_process:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        logger.info("%.2f M parameters, %d training images", count / 1e6, len(dataset.paths))
+        if args.report_to:
+            accelerator.init_trackers("train_autoencoder", config=vars(args))
+
+    validation = None
+    if args.validation_dir and accelerator.is_main_process:
+        paths = list_images(args.validation_dir)
+        paths = paths[:: max(1, len(paths) // args.max_validation_images)][: args.max_validation_images]
+        crops = []
+        for path in paths:
+            with Image.open(path) as image:
+                crops.append(to_pixel_values(center_crop(image, args.resolution)))
+        validation = torch.stack(crops)
+
+    first_step = 0
+    if args.resume_from_checkpoint:
+        wanted = args.resume_from_checkpoint
+        checkpoint = latest_checkpoint(output_dir) if wanted == "latest" else Path(wanted)
+        if checkpoint is None:
+            logger.info("No checkpoint in %s yet: starting from the beginning.", output_dir)
+        else:
+            accelerator.load_state(str(checkpoint))
+            first_step = int(checkpoint.name.split("-")[-1])
+            loader = accelerator.skip_first_batches(loader, first_step)
+
+    started = time.time()
+    progress = tqdm(total=steps, initial=first_step, disable=not accelerator.is_main_process, unit="step", mininterval=5)
+    average = None
+    for step, batch in enumerate(loader, start=first_step + 1):
+        with accelerator.accumulate(model):
+            target = batch["pixel_values"]
+            with accelerator.autocast():
+                output = model(
+                    target.contiguous(memory_format=torch.channels_last), batch["geometry"], batch["regions"]
+                ).sample
+            loss = reconstruction_loss(output, target, args)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+        if accelerator.sync_gradients:
+            ema.step(model.parameters())
+        value = loss.detach().item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"The loss became {value} at step {step}; the last checkpoint is untouched.")
+        average = value if average is None else 0.98 * average + 0.02 * value
+        progress.update(1)
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        out_of_time = args.max_minutes is not None and time.time() - started > 60 * args.max_minutes
+        last = step == steps or out_of_time
+        if validation is not None and (step % args.validation_steps == 0 or last):
+            plain = accelerator.unwrap_model(model)
+            ema.store(plain.parameters())
+            ema.copy_to(plain.parameters())
+            score = validate(plain, validation, output_dir / "validation.png", args)
+            ema.restore(plain.parameters())
+            row = {"step": step, "loss": average, "psnr": score, "minutes": (time.time() - started) / 60}
+            row["lr"] = scheduler.get_last_lr()[0]
+            with (output_dir / "curve.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            logger.info("step %d: loss %.4f, held-out PSNR %.2f dB", step, average, score)
+            accelerator.log({"loss": average, "psnr": score}, step=step)
+        if step % args.checkpointing_steps == 0 or last:
+            save_checkpoint(accelerator, ema, step, args)
+        if last:
+            break
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

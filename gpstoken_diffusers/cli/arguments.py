@@ -1,0 +1,229 @@
+"""The commands, their options and help. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from .. import __version__
+
+PRESETS = ("s64", "m128", "l256")  # the names of convert.PRESETS, which would import PyTorch
+DTYPES = ("float32", "bfloat16", "float16")
+
+_ENCODE = """\
+examples:
+  gpstoken encode photo.jpg -o photo.safetensors
+  gpstoken encode photo.jpg -o photo.safetensors --num-tokens 128
+  gpstoken encode photo.jpg -o photo.safetensors --importance face.png --importance-strength 4
+"""
+_DECODE = """\
+examples:
+  gpstoken decode photo.safetensors -o photo.png
+  gpstoken decode photo.safetensors -o photo.png --mode tile
+"""
+_RECONSTRUCT = """\
+Every picture x.jpg becomes OUT/x.jpg.png; OUT/metrics.csv and OUT/metrics.json hold PSNR, SSIM, size,
+tokens and seconds of all pictures in OUT, and the mean. Files appear whole or not at all, so a run that was
+cut off goes on where it stopped. A picture that cannot be read is reported and left out; the exit code is
+then 1.
+
+examples:
+  gpstoken reconstruct photos/ -o reconstructed/
+  gpstoken reconstruct photos/ -o reconstructed/ --recursive --num-tokens 128 --device cuda
+  gpstoken reconstruct photo.jpg -o reconstructed/ --model gpstoken_l256.safetensors
+"""
+_PANEL = """\
+examples:
+  gpstoken panel photo.jpg -o panel.png
+  gpstoken panel photo.jpg -o panel.png --style ellipses
+"""
+_CONVERT = """\
+examples:
+  gpstoken convert gpstoken_l256.safetensors -o gpstoken-l256
+  gpstoken convert weights.safetensors -o gpstoken-m128 --preset m128 --dtype bfloat16
+  gpstoken convert weights.safetensors -o mine --config config.json
+"""
+_DEMO = """\
+examples:
+  gpstoken demo
+  gpstoken demo -o somewhere --num-tokens 64
+"""
+_TOP = """\
+examples:
+  gpstoken demo                                     a photograph to Gaussians and back, with the shipped model
+  gpstoken encode photo.jpg -o photo.safetensors    then: gpstoken decode photo.safetensors -o photo.png
+  gpstoken reconstruct photos/ -o reconstructed/    a folder, with PSNR and SSIM of each picture
+  gpstoken COMMAND --help                           options and examples of a command
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    It sets `module` and `function`, which name what runs the command, and always `quiet` and `debug`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gpstoken",
+        description="Pictures as 2D Gaussians with texture, and back.",
+        epilog=_TOP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gpstoken {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(
+        commands, "demo", "commands", "turn the shipped photograph into Gaussians and back", _DEMO
+    )
+    _output(demo, "folder for the pictures and tokens (default: outputs)", default=Path("outputs"))
+    _num_tokens(demo)
+    _model_options(demo)
+
+    encode = _command(commands, "encode", "commands", "picture -> tokens", _ENCODE)
+    encode.add_argument("image", metavar="IMAGE", type=Path, help="the picture")
+    _output(encode, "tokens file to write (.safetensors)")
+    _num_tokens(encode)
+    encode.add_argument(
+        "--importance",
+        metavar="MASK",
+        type=Path,
+        help="gray picture of the same size: bright places get more tokens",
+    )
+    encode.add_argument(
+        "--importance-strength",
+        metavar="S",
+        type=float,
+        default=1.0,
+        help="at 1 (default) a white pixel of the mask adds as much as an average pixel's detail",
+    )
+    _model_options(encode)
+
+    decode = _command(commands, "decode", "commands", "tokens -> picture", _DECODE)
+    decode.add_argument("tokens", metavar="TOKENS", type=Path, help="file that `gpstoken encode` wrote")
+    _output(decode, "picture to write; its suffix chooses the format")
+    _mode(decode)
+    _model_options(decode)
+
+    summary = "a picture or a folder of pictures through the model and back, with metrics"
+    reconstruct = _command(commands, "reconstruct", "reconstruct", summary, _RECONSTRUCT)
+    reconstruct.add_argument("path", metavar="PATH", type=Path, help="a picture, or a folder of pictures")
+    _output(reconstruct, "folder for the pictures and metrics")
+    reconstruct.add_argument(
+        "--recursive", action="store_true", help="also the pictures in folders below PATH"
+    )
+    reconstruct.add_argument(
+        "--overwrite", action="store_true", help="do all again, also what is done already"
+    )
+    _num_tokens(reconstruct)
+    _mode(reconstruct)
+    _model_options(reconstruct)
+
+    summary = "input | initial Gaussians | refined Gaussians | reconstruction, side by side"
+    panel = _command(commands, "panel", "commands", summary, _PANEL)
+    panel.add_argument("image", metavar="IMAGE", type=Path, help="the picture")
+    _output(panel, "picture to write (default: panel.png)", default=Path("panel.png"))
+    panel.add_argument(
+        "--style", choices=("glow", "ellipses"), default="glow", help="look of the Gaussians (default: glow)"
+    )
+    _num_tokens(panel)
+    _model_options(panel)
+
+    summary = "official checkpoint -> folder for from_pretrained"
+    convert = _command(commands, "convert", "conversion", summary, _CONVERT)
+    convert.add_argument("checkpoint", metavar="OFFICIAL", type=Path, help="official .safetensors file")
+    _output(convert, "folder to write")
+    _preset(convert, "its configuration (default: by its shapes, else by the file's name)")
+    convert.add_argument(
+        "--config", metavar="JSON", type=Path, help="constructor arguments of a model of other sizes"
+    )
+    convert.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+    )
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that convert wrote before"
+    )
+    _common(convert)
+
+    summary = "which native libraries exist, which one each operation uses, how to get faster ones"
+    _common(_command(commands, "doctor", "doctor", summary))
+    return parser
+
+
+def _command(
+    commands, name: str, module: str, summary: str, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(module=module, function=name)
+    return parser
+
+
+def _output(parser: argparse.ArgumentParser, what: str, default: Path | None = None) -> None:
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", type=Path, required=default is None, default=default, help=what
+    )
+
+
+def _num_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-tokens",
+        metavar="N",
+        type=int,
+        help="tokens per tile; pictures larger than the model's are cut into tiles (default: the model's)",
+    )
+
+
+def _mode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mode",
+        choices=("merge", "tile"),
+        help="decode pictures of several tiles as one, without seams, or tile by tile (default: the model's)",
+    )
+
+
+def _preset(parser: argparse._ActionsContainer, what: str) -> None:
+    parser.add_argument("--preset", choices=PRESETS, help=what)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="PATH",
+        type=Path,
+        help="a folder of save_pretrained or `gpstoken convert`, or an official .safetensors file "
+        "(default: gpstoken-mini, which is part of this package)",
+    )
+    _preset(group, "configuration of an official file, where its shapes and name do not tell")
+    group.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N or mps (default: auto = cuda where there is one, else cpu)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="precision of the networks (default: auto = bfloat16 on a GPU that has it, else float32)",
+    )
+    _common(parser)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    parser.add_argument(
+        "--debug", action="store_true", help="show where an error came from (for bug reports)"
+    )
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:N or mps, not {text!r}")
+    return text

@@ -1,0 +1,213 @@
+"""A model with its image processor on its device: pictures to tokens and tokens to pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..image_processor import GPSTokenImageProcessor
+from ..metrics import psnr, ssim
+from ..models.autoencoder_gpstoken import AutoencoderGPSToken
+from ..ops.partition import max_tokens
+from ..tokens import GPSTokens
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SHIPPED_MODEL = ASSETS / "gpstoken-mini"
+SMALLEST_FOR_SSIM = 11  # px, the side of its window
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture and its tokens.
+
+    Attributes:
+        pixel_values: (1, 3, H, W) float32 in [-1, 1] on the CPU: what the model saw.
+        picture: the same, as an 8-bit RGB picture.
+        initial_tokens: the Gaussians of the partition.
+        tokens: the refined ones; both on the CPU.
+    """
+
+    pixel_values: Tensor
+    picture: Image.Image
+    initial_tokens: GPSTokens
+    tokens: GPSTokens
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A loaded model and its processor.
+
+    Attributes:
+        name: of the model, for people.
+        model: on its device, in eval mode.
+        processor: makes its inputs.
+    """
+
+    name: str
+    model: AutoencoderGPSToken
+    processor: GPSTokenImageProcessor
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        path: Path,
+        num_tokens: int | None = None,
+        importance: Path | None = None,
+        importance_strength: float = 1.0,
+    ) -> Encoded:
+        """Read a picture, and turn it into tokens.
+
+        Raises:
+            FileNotFoundError: no such picture or mask.
+            ValueError: a file that is no picture, a mask of another size, too many tokens or too few.
+        """
+        picture = self.processor.load_image(path, self.processor.background)
+        mask = None if importance is None else self.processor.load_image(importance).convert("L")
+        features = self.processor(
+            picture, num_tokens=num_tokens, importance=mask, importance_strength=importance_strength
+        )
+        output = self.model.encode(**features.to(self.model.device))
+        return Encoded(
+            pixel_values=features["pixel_values"].cpu(),
+            picture=self.processor.postprocess(features["pixel_values"])[0],
+            initial_tokens=output.initial_tokens.cpu(),
+            tokens=output.tokens.cpu(),
+        )
+
+    @torch.inference_mode()
+    def decode(self, tokens: GPSTokens, mode: str | None = None) -> Image.Image:
+        """The picture that tokens stand for (the first, if there are several), rounded to 8 bits.
+
+        Raises:
+            ValueError: tokens that do not fit the model.
+        """
+        sample = self.model.decode(tokens[0].to(self.model.device, self.model.dtype), mode=mode).sample
+        return self.processor.postprocess(sample)[0]
+
+    def check_num_tokens(self, num_tokens: int | None) -> None:
+        """Raises ValueError for a number of tokens that no tile can be divided into."""
+        side = self.processor.tile_size
+        largest = max_tokens(side, side, self.processor.min_region_size)
+        if num_tokens is not None and not 1 <= num_tokens <= largest:
+            raise ValueError(
+                f"--num-tokens {num_tokens}: a tile of {side} x {side} px gives 1 to {largest} tokens here."
+            )
+
+    def weights_checksum(self) -> str:
+        """Eight hexadecimal digits that change with any weight and its precision."""
+        checksum = 0
+        for tensor in self.model.state_dict().values():
+            checksum = zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy(), checksum)
+        return f"{checksum:08x}"
+
+
+def load_codec(args: argparse.Namespace) -> Codec:
+    """Load what `--model`, `--preset`, `--device` and `--dtype` ask for.
+
+    Raises:
+        OSError: no such model, or an incomplete or damaged one.
+        ValueError: a model of another kind, a device that is not there, options that do not go together.
+    """
+    device = _device(args.device)
+    dtype = _dtype(args.dtype, device)
+    path = args.model or SHIPPED_MODEL
+    if path.is_dir():
+        if args.preset is not None:
+            raise ValueError(
+                f"--preset is for official files; the folder {path} holds its own configuration."
+            )
+        model = _load_folder(path, dtype)
+    elif path.is_file():
+        model = AutoencoderGPSToken.from_single_file(path, preset=args.preset, dtype=dtype)
+    elif args.model is None:
+        raise FileNotFoundError(
+            f"the shipped model is not at {path}. Install the package again, or give --model."
+        )
+    else:
+        raise FileNotFoundError(f"no model at {path}. Give a folder or an official .safetensors file.")
+    processor = processor_for(model, path)
+    return Codec(path.resolve().name, model.to(device).eval(), processor)
+
+
+def processor_for(model: AutoencoderGPSToken, path: Path) -> GPSTokenImageProcessor:
+    """The processor that lies beside the model, or one with the settings of the model's configuration."""
+    if (path / "preprocessor_config.json").is_file():
+        return GPSTokenImageProcessor.from_pretrained(path)
+    config = model.config
+    return GPSTokenImageProcessor(
+        tile_size=config.sample_size,
+        num_tokens=config.num_tokens,
+        min_region_size=config.min_region_size,
+        entropy_exponent=config.entropy_exponent,
+    )
+
+
+def quality(encoded: Encoded, picture: Image.Image) -> dict[str, float | None]:
+    """PSNR in dB (infinite if nothing differs) and SSIM (None below 11 px) of an 8-bit picture."""
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double() / 127.5 - 1
+    original = encoded.pixel_values.double()
+    small = min(picture.size) < SMALLEST_FOR_SSIM
+    return {
+        "psnr": psnr(original, pixels).item(),
+        "ssim": None if small else ssim(original, pixels).item(),
+    }
+
+
+def quality_text(values: Mapping[str, Any]) -> str:
+    """Such as "PSNR 25.31 dB   SSIM 0.7812"."""
+    parts = []
+    if values["psnr"] is not None:
+        parts.append("PSNR inf" if math.isinf(values["psnr"]) else f"PSNR {values['psnr']:.2f} dB")
+    if values["ssim"] is not None:
+        parts.append(f"SSIM {values['ssim']:.4f}")
+    return "   ".join(parts)
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> AutoencoderGPSToken:
+    config_file = path / "config.json"
+    if config_file.is_file():  # where it is missing, from_pretrained says so
+        try:
+            kind = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config_file} is not a model's configuration ({error}).") from error
+        if kind != AutoencoderGPSToken.__name__:
+            raise ValueError(f"{path} holds a model of the class {kind}, not AutoencoderGPSToken.")
+    # Pickled weights could run code, so only safetensors are read; and a local folder needs no network.
+    return AutoencoderGPSToken.from_pretrained(path, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            without = torch.version.cuda is None
+            why = "this PyTorch was built without CUDA" if without else "PyTorch finds no usable GPU"
+            raise ValueError(f"--device {name}: {why}. Use --device cpu or auto.")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: PyTorch finds no Apple GPU here. Use --device cpu or auto.")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,286 @@
+"""Pictures of any kind -> what the autoencoder takes, and the way back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
+
+from .ops.partition import partition_image
+from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
+
+ImageLike = Image.Image | np.ndarray | Tensor
+
+
+class GPSTokenImageProcessorSettings(TypedDict, total=False):
+    """What `from_pretrained(folder, name=value)` may override."""
+
+    shortest_edge: int | None
+    center_crop: bool
+    tile_size: int
+    num_tokens: int
+    min_region_size: int
+    entropy_exponent: float
+    background: tuple[int, int, int]
+
+
+class GPSTokenImageProcessor(ImageProcessingMixin):
+    """Makes pixel values in [-1, 1], regions and initial Gaussians from pictures, and pictures from pixel values.
+
+    Args:
+        shortest_edge: scale pictures so that their shorter side has this many pixels; None keeps their size.
+        center_crop: cut pictures to their centre square (after scaling).
+        tile_size: side in pixels of the tiles that larger pictures are cut into; the autoencoder's `sample_size`.
+        num_tokens: tokens per tile.
+        min_region_size, entropy_exponent: the partition's settings, see [`partition_image`].
+        background: RGB in 0..255 that transparent pixels are laid on.
+    """
+
+    model_input_names = ["pixel_values", "regions", "geometry"]
+    valid_kwargs = GPSTokenImageProcessorSettings
+
+    def __init__(
+        self,
+        shortest_edge: int | None = None,
+        center_crop: bool = False,
+        tile_size: int = 256,
+        num_tokens: int = 256,
+        min_region_size: int = 8,
+        entropy_exponent: float = 2.5,
+        background: Sequence[int] = (255, 255, 255),
+        **kwargs: Any,
+    ):
+        # transformers adds entries of its own to the saved file; the base class knows which to keep.
+        kwargs.pop("image_processor_type", None)
+        super().__init__(**kwargs)
+        for name, value in (("tile_size", tile_size), ("num_tokens", num_tokens), ("shortest_edge", shortest_edge)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        self.shortest_edge, self.center_crop, self.tile_size = shortest_edge, center_crop, tile_size
+        self.num_tokens, self.min_region_size, self.entropy_exponent = num_tokens, min_region_size, entropy_exponent
+        self.background = list(background)
+
+    # ------------------------------------------------------------------ pictures to tensors
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike], **kwargs: Any) -> BatchFeature:
+        """Same as [`preprocess`]."""
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        num_tokens: int | None = None,
+        importance: ImageLike | Sequence[ImageLike] | None = None,
+        importance_strength: float = 1.0,
+    ) -> BatchFeature:
+        """Prepares a batch for `AutoencoderGPSToken.encode(**features)`.
+
+        Args:
+            images: one picture or several, which come out at one size: PIL images of any mode; numpy arrays (H, W),
+                (H, W, 1|3|4) or (B, H, W, C), uint8 or floats in [0, 1]; tensors (H, W), (1|3|4, H, W) or
+                (B, C, H, W), uint8 or floats in [0, 1].
+            num_tokens: tokens per tile; None takes the processor's number.
+            importance: for each picture (or one for all) a map of the picture's own size, gray or of booleans, that
+                draws tokens to where it is bright.
+            importance_strength: how strongly, see [`partition_image`].
+
+        Returns: `pixel_values` (B, 3, H, W) float32 in [-1, 1]; `regions` (B tiles, n, 4) int32 inclusive pixel indices
+        within each tile; `geometry` (B tiles, n, 5) float32 initial Gaussians. Tiles of an image follow each other row
+        by row.
+
+        Raises:
+            TypeError: a picture of another type or dtype.
+            ValueError: pictures of several sizes, values outside [0, 1], NaN, a map of another size than its picture, or
+                more tokens than a tile has regions.
+        """
+        images = _as_list(images)
+        if not images:
+            raise ValueError("There is no image to process: the list is empty.")
+        pixels = [_to_pixel_values(image, self.background) for image in images]
+        pixel_values = self._fit_and_stack(pixels, "images").clamp(-1, 1)
+        weights = None
+        if importance is not None:
+            maps = [_to_importance(image) for image in _as_list(importance)]
+            maps = maps * len(pixels) if len(maps) == 1 else maps
+            if len(maps) != len(pixels):
+                raise ValueError(f"There are {len(pixels)} images but {len(maps)} importance maps.")
+            for picture, weight in zip(pixels, maps, strict=True):
+                if picture.shape[-2:] != weight.shape[-2:]:
+                    raise ValueError(
+                        "An importance map must have its image's size: the image has (height, width) "
+                        f"{tuple(picture.shape[-2:])}, the map {tuple(weight.shape[-2:])}."
+                    )
+            weights = self._fit_and_stack(maps, "importance maps").clamp(0, 1)
+        tile_grid = tile_grid_for(*pixel_values.shape[-2:], self.tile_size)
+        tiles = cut_tiles(pad_to_tiles(pixel_values, self.tile_size), tile_grid)
+        if weights is not None:
+            weights = cut_tiles(pad_to_tiles(weights, self.tile_size), tile_grid)[:, 0]
+        regions, geometry = partition_image(
+            tiles,
+            self.num_tokens if num_tokens is None else num_tokens,
+            min_region_size=self.min_region_size,
+            entropy_exponent=self.entropy_exponent,
+            importance=weights,
+            importance_strength=importance_strength,
+        )
+        return BatchFeature({"pixel_values": pixel_values, "regions": regions, "geometry": geometry})
+
+    @staticmethod
+    def load_image(path: str | os.PathLike, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
+        """Reads an image file as an upright RGB picture (EXIF orientation applied, transparency laid on `background`).
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: an empty file, one that is no image, or a damaged one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"No image file at {path}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty (0 bytes), so it holds no image.")
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return _upright_rgb(image, background)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path} is not an image in a format that Pillow reads.") from error
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{path} is larger than Pillow allows: {error}") from error
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path} is damaged or truncated: {error}.") from error
+
+    def _fit_and_stack(self, pictures: list[Tensor], what: str) -> Tensor:
+        """Applies the resize and crop policy: (C, H, W) each -> (B, C, H', W')."""
+        fitted = []
+        for picture in pictures:
+            height, width = picture.shape[-2:]
+            if self.shortest_edge is not None and min(height, width) != self.shortest_edge:
+                scale = self.shortest_edge / min(height, width)
+                height, width = max(1, round(height * scale)), max(1, round(width * scale))
+                picture = F.interpolate(picture[None], size=(height, width), mode="bicubic", antialias=True)[0]
+            if self.center_crop:
+                side = min(height, width)
+                top, left = (height - side) // 2, (width - side) // 2
+                picture = picture[:, top : top + side, left : left + side]
+            fitted.append(picture)
+        sizes = {tuple(picture.shape[-2:]) for picture in fitted}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The {what} of a batch must come out at one size, got (height, width) {sorted(sizes)}. Process them one "
+                "by one, or set shortest_edge and center_crop."
+            )
+        return torch.stack(fitted)
+
+    # ------------------------------------------------------------------ tensors to pictures
+
+    def postprocess(self, sample: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+        """Decoded pixel values to pictures.
+
+        Args:
+            sample: (B, 3, H, W) around [-1, 1]; what lies outside is clamped.
+            output_type: "pil" (a list of RGB pictures, rounded to 8 bits), "np" ((B, H, W, 3) float32 in [0, 1]) or "pt"
+                ((B, 3, H, W) float32 in [0, 1]).
+
+        Raises ValueError: another shape or output type, or NaN.
+        """
+        if sample.ndim != 4 or sample.shape[1] != 3:
+            raise ValueError(f"sample must have the shape (B, 3, H, W), got {tuple(sample.shape)}.")
+        unit = (sample.detach().float().cpu() / 2 + 0.5).clamp(0, 1)
+        if unit.isnan().any():
+            raise ValueError("The decoded image holds NaN. In float16, try bfloat16 or float32 instead.")
+        if output_type == "pt":
+            return unit
+        array = unit.permute(0, 2, 3, 1).numpy()
+        if output_type == "np":
+            return array
+        if output_type == "pil":
+            return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+        raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}.')
+
+
+def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    if isinstance(images, (np.ndarray, Tensor)):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
+        return list(images)
+    raise TypeError(f"images must be PIL images, numpy arrays or tensors, got {type(images).__name__}.")
+
+
+def _upright_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit gray to its lowest 8 bits.
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _planes(image: np.ndarray | Tensor) -> Tensor:
+    """An array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W), as (C, H, W) on the CPU."""
+    values = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    if values.ndim == 2:
+        return values[None]
+    if values.ndim == 3 and not isinstance(image, Tensor):
+        values = values.permute(2, 0, 1)
+    if values.ndim != 3 or values.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            "An array must have the shape (H, W) or (H, W, 1|3|4), a tensor (H, W) or (1|3|4, H, W), got "
+            f"{tuple(image.shape)}."
+        )
+    return values
+
+
+def _check_unit_floats(values: Tensor, what: str) -> None:
+    if not values.is_floating_point():
+        raise TypeError(f"{what} must be uint8 in 0..255 or floats in [0, 1], got {values.dtype}.")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(
+            f"Float {what} must lie in [0, 1] without NaN, got {values.min().item():g} to {values.max().item():g}."
+        )
+
+
+def _to_pixel_values(image: ImageLike, background: Sequence[int]) -> Tensor:
+    """Any picture as (3, H, W) float32 in [-1, 1]; 8-bit values v become v / 127.5 - 1, rounded once."""
+    if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
+        raise TypeError(f"An image must be a PIL image, a numpy array or a tensor, got {type(image).__name__}.")
+    if not isinstance(image, Image.Image):
+        values = _planes(image)
+        if values.dtype != torch.uint8:
+            _check_unit_floats(values, "pixels")
+            values = values.float()
+            if values.shape[0] == 4:
+                color = torch.tensor(background, dtype=torch.float32)[:, None, None] / 255
+                values = values[:3] * values[3:] + color * (1 - values[3:])
+            return values.expand(3, -1, -1) * 2 - 1
+        array = values.permute(1, 2, 0).numpy()
+        image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    array = np.asarray(_upright_rgb(image, background), dtype=np.float64) / 127.5 - 1
+    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1).contiguous()
+
+
+def _to_importance(image: ImageLike) -> Tensor:
+    """A gray picture, an array or a tensor as a map (1, H, W) float32 in [0, 1]."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+    values = _planes(image)
+    if values.shape[0] != 1:
+        raise ValueError(f"An importance map has one channel, got {values.shape[0]}.")
+    if values.dtype == torch.uint8:
+        return values.float() / 255
+    if values.dtype == torch.bool:
+        return values.float()
+    _check_unit_floats(values, "importance")
+    return values.float()

@@ -1,0 +1,1 @@
+"""The networks: the autoencoder and its parts."""

@@ -1,0 +1,493 @@
+"""AutoencoderGPSToken: pictures to Gaussians with texture, and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from .. import convert
+from ..ops.partition import initial_gaussians, partition_image
+from ..ops.splat import splat_gaussians
+from ..tokens import GEOMETRY_CHANNELS, GPSTokens
+from .lattice_decoder import LatticeDecoder
+from .map_decoder import MapDecoder
+from .refinement import GaussianRefiner
+from .stem import ImageStem
+from ..tiling import cut_tiles, join_tiles, pad_to_tiles, tile_grid_for
+
+logger = logging.getLogger(__name__)
+
+# Tiles that pass through the networks at once when an image has several, and the side, in tiles, of the square that a
+# merged decoding covers at once. Together they bound the memory, whatever the image's size.
+TILES_AT_ONCE = 4
+MERGED_WINDOW_TILES = 4
+
+
+@dataclass
+class AutoencoderGPSTokenOutput(BaseOutput):
+    """What encoding gives.
+
+    Attributes:
+        tokens: the refined Gaussians with their texture, in whole-image coordinates.
+        initial_tokens: the Gaussians of the partition before refinement, with the same texture.
+        regions: (B tiles, n, 4) int32, each token's region as inclusive pixel indices x0, y0, x1, y1 of its tile.
+    """
+
+    tokens: GPSTokens
+    initial_tokens: GPSTokens
+    regions: Tensor
+
+
+class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+    r"""The GPSToken autoencoder (arXiv 2509.01109): an image becomes N Gaussians with a texture vector each.
+
+    A greedy entropy-driven partition places the Gaussians, a transformer refines them and reads their texture, a
+    splatting renderer paints them onto a feature map, a convolutional decoder makes the picture. Images larger than
+    `sample_size` are cut into tiles whose tokens merge into one set; other sizes are padded and cropped back.
+
+    Args:
+        in_channels, out_channels: image channels.
+        sample_size: side of a tile, in pixels.
+        num_tokens: tokens per tile unless a call says otherwise.
+        texture_channels: numbers of texture per token.
+        support: reach of a Gaussian when splatted, in sigmas (the checkpoints use 3, the paper writes 5).
+        min_region_size, entropy_exponent: the partition's settings, see [`partition_image`].
+        stem_channels, stem_patch_size, stem_num_layers: see [`ImageStem`].
+        roi_size: RoIAlign cells per region along each axis.
+        region_reading: how the transformer reads the cells, "pool" or "flatten", see [`GaussianRefiner`].
+        hidden_size, num_layers, num_attention_heads: the refinement transformer.
+        map_size: side of a tile's feature map, in map pixels.
+        decoder_type: "map" splats texture and decodes the map as the released checkpoints do ([`MapDecoder`]);
+            "lattice" is strictly local and small ([`LatticeDecoder`]).
+        decoder_block_out_channels: decoder widths, finest resolution first.
+        decoder_num_layers: decoder residual blocks per resolution.
+        lattice_size, lattice_channels: see [`LatticeDecoder`]; only for `decoder_type="lattice"`.
+        decode_mode: how images of several tiles are decoded by default, "merge" (as one picture, no seams) or "tile"
+            (each tile by itself, exactly as it was encoded). The release decodes L256 by tile, S64 and M128 merged.
+            A lattice decoder is local, so it always merges.
+
+    Precision: in bfloat16 or float16, the Gaussians, the geometry head and its residuals, RoIAlign, the splat's
+    accumulation and the normalisation statistics stay float32. A centre in bfloat16 is off by up to a pixel, and sums
+    over many Gaussians lose what the decoder looks at. Texture and all convolutions follow the model's dtype.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["RefinementBlock", "DecoderBlock", "StemBlock", "LocalBlock"]
+    _repeated_blocks = ["RefinementBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        sample_size: int = 256,
+        num_tokens: int = 256,
+        texture_channels: int = 32,
+        support: float = 3.0,
+        min_region_size: int = 8,
+        entropy_exponent: float = 2.5,
+        stem_channels: int = 128,
+        stem_patch_size: int = 1,
+        stem_num_layers: int = 2,
+        roi_size: int = 8,
+        region_reading: str = "pool",
+        hidden_size: int = 512,
+        num_layers: int = 30,
+        num_attention_heads: int = 8,
+        map_size: int = 64,
+        decoder_type: str = "map",
+        decoder_block_out_channels: tuple[int, ...] = (128, 256, 512),
+        decoder_num_layers: int = 3,
+        lattice_size: int = 4,
+        lattice_channels: int = 32,
+        decode_mode: str = "tile",
+    ):
+        super().__init__()
+        if decode_mode not in ("merge", "tile"):
+            raise ValueError(f'decode_mode must be "merge" or "tile", got {decode_mode!r}.')
+        if sample_size % map_size:
+            raise ValueError(f"sample_size must be a multiple of map_size, got {sample_size} and {map_size}.")
+        upscale = sample_size // map_size
+        widths = tuple(decoder_block_out_channels)
+        self.stem = ImageStem(in_channels, stem_channels, stem_patch_size, stem_num_layers)
+        self.refiner = GaussianRefiner(
+            stem_channels,
+            hidden_size,
+            num_layers,
+            num_attention_heads,
+            texture_channels,
+            roi_size,
+            region_reading,
+            stem_patch_size,
+        )
+        if decoder_type == "map":
+            if 2 ** (len(widths) - 1) != upscale:
+                raise ValueError(
+                    f"{len(widths)} decoder resolutions enlarge a map {2 ** (len(widths) - 1)} times, but sample_size / "
+                    f"map_size is {upscale}."
+                )
+            self.decoder = MapDecoder(texture_channels, out_channels, widths, decoder_num_layers)
+        elif decoder_type == "lattice":
+            if len(widths) != 2 or upscale % 2:
+                raise ValueError(
+                    "A lattice decoder has two resolutions and enlarges its map an even number of times, got "
+                    f"decoder_block_out_channels={widths} and sample_size / map_size = {upscale}."
+                )
+            self.decoder = LatticeDecoder(
+                texture_channels,
+                out_channels,
+                widths,
+                decoder_num_layers,
+                lattice_size,
+                lattice_channels,
+                upscale,
+                support,
+            )
+        else:
+            raise ValueError(f'decoder_type must be "map" or "lattice", got {decoder_type!r}.')
+        self.use_slicing = False
+        self.use_tiling = False
+
+    # ------------------------------------------------------------------ encode
+
+    @apply_forward_hook
+    def encode(
+        self,
+        pixel_values: Tensor,
+        geometry: Tensor | None = None,
+        regions: Tensor | None = None,
+        *,
+        num_tokens: int | None = None,
+        importance: Tensor | None = None,
+        importance_strength: float = 1.0,
+        return_dict: bool = True,
+    ) -> AutoencoderGPSTokenOutput | tuple[GPSTokens]:
+        """Turns images into tokens.
+
+        Args:
+            pixel_values: (B, in_channels, H, W) in [-1, 1], any H and W that the partition can split.
+            geometry: (B tiles, n, 5) initial Gaussians of each tile, image outermost, then row, then column; None
+                derives them from the regions.
+            regions: (B tiles, n, 4) inclusive pixel indices x0, y0, x1, y1 within each tile, as the partition gives
+                them; None computes the partition.
+            num_tokens: tokens per tile; None takes the configured number. Only where regions are None.
+            importance: (H, W) or (B, H, W) map in [0, 1] that draws tokens to where it is high; only where regions are
+                None.
+            importance_strength: how strongly, see [`partition_image`].
+            return_dict: whether to return an [`AutoencoderGPSTokenOutput`] or a tuple.
+
+        Raises:
+            ValueError: another shape, NaN pixels, regions that do not fit the image, or more tokens than an image of
+                this size has regions.
+        """
+        config = self.config
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != config.in_channels:
+            raise ValueError(
+                f"pixel_values must have the shape (B, {config.in_channels}, H, W), got {tuple(pixel_values.shape)}."
+            )
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}. "
+                "GPSTokenImageProcessor makes them from pictures."
+            )
+        image_size = tuple(pixel_values.shape[-2:])
+        tile_grid = tile_grid_for(*image_size, config.sample_size)
+        canvas = pad_to_tiles(pixel_values, config.sample_size)
+        tiles = cut_tiles(canvas, tile_grid)
+        if importance is not None and importance.shape[-2:] != image_size:
+            raise ValueError(
+                f"importance must have the images' height and width {image_size}, got {tuple(importance.shape)}."
+            )
+        if regions is None:
+            if geometry is not None:
+                raise ValueError("Initial Gaussians need the regions they came from: give both or neither.")
+            regions, geometry = self._partition(tiles, tile_grid, num_tokens, importance, importance_strength)
+        else:
+            if num_tokens is not None or importance is not None:
+                raise ValueError("num_tokens and importance choose a partition, but regions were given.")
+            regions, geometry = self._check_partition(regions, geometry, tiles)
+
+        refined, texture = [], []
+        for chunk in self._chunks(len(tiles), tile_grid):
+            features = self.stem(tiles[chunk].to(self.dtype))
+            outputs = self.refiner(features, geometry[chunk], regions[chunk])
+            refined.append(outputs[0])
+            texture.append(outputs[1])
+        refined, texture = torch.cat(refined), torch.cat(texture)
+        canvas_size = tuple(canvas.shape[-2:])
+        tokens = GPSTokens.merge_tiles(refined, texture, tile_grid, image_size, canvas_size)
+        if not return_dict:
+            return (tokens,)
+        initial_tokens = GPSTokens.merge_tiles(geometry, texture, tile_grid, image_size, canvas_size)
+        return AutoencoderGPSTokenOutput(tokens=tokens, initial_tokens=initial_tokens, regions=regions)
+
+    def _partition(
+        self,
+        tiles: Tensor,
+        tile_grid: tuple[int, int],
+        num_tokens: int | None,
+        importance: Tensor | None,
+        importance_strength: float,
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if importance is not None:
+            batch_size = len(tiles) // (tile_grid[0] * tile_grid[1])
+            maps = importance.to(tiles.device, torch.float32).reshape(-1, 1, *importance.shape[-2:])
+            maps = maps.expand(batch_size, -1, -1, -1)
+            importance = cut_tiles(pad_to_tiles(maps, config.sample_size), tile_grid)[:, 0]
+        return partition_image(
+            tiles.detach().float(),
+            config.num_tokens if num_tokens is None else num_tokens,
+            min_region_size=config.min_region_size,
+            entropy_exponent=config.entropy_exponent,
+            importance=importance,
+            importance_strength=importance_strength,
+        )
+
+    def _check_partition(self, regions: Tensor, geometry: Tensor | None, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        if regions.ndim != 3 or regions.shape[-1] != 4 or len(regions) != len(tiles) or regions.shape[1] == 0:
+            raise ValueError(
+                f"regions must have the shape ({len(tiles)}, n, 4): one row of inclusive pixel indices x0, y0, x1, y1 "
+                f"per token of each of the {len(tiles)} tiles; got {tuple(regions.shape)}."
+            )
+        if geometry is None:
+            geometry = initial_gaussians(regions, *tiles.shape[-2:])
+        if geometry.shape != (*regions.shape[:2], GEOMETRY_CHANNELS):
+            raise ValueError(
+                f"geometry must have the shape {(*regions.shape[:2], GEOMETRY_CHANNELS)} to go with the regions, got "
+                f"{tuple(geometry.shape)}."
+            )
+        device = tiles.device
+        return regions.to(device), geometry.to(device, torch.float32)
+
+    # ------------------------------------------------------------------ decode
+
+    @apply_forward_hook
+    def decode(
+        self, tokens: GPSTokens | Tensor, *, mode: str | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Turns tokens into images.
+
+        Args:
+            tokens: the tokens, or a tensor (B, N, 5 + texture_channels) that stands for images of one tile.
+            mode: "merge" or "tile" for images of several tiles, see the class; None takes the configured one, or
+                "tile" after `enable_tiling()`.
+            return_dict: whether to return a `DecoderOutput` or a tuple.
+
+        Returns: `sample` (B, out_channels, H, W) around [-1, 1], not clamped.
+
+        Raises ValueError: another number of texture channels, a canvas that is not whole tiles, or an unknown mode.
+        """
+        config = self.config
+        if isinstance(tokens, Tensor):
+            tokens = GPSTokens.from_tensor(tokens, (config.sample_size, config.sample_size))
+        if tokens.texture_channels != config.texture_channels:
+            raise ValueError(
+                f"This model's tokens have {config.texture_channels} texture channels, these have "
+                f"{tokens.texture_channels}. They come from another model."
+            )
+        mode = mode or ("tile" if self.use_tiling else config.decode_mode)
+        if mode not in ("merge", "tile"):
+            raise ValueError(f'mode must be "merge" or "tile", got {mode!r}.')
+        rows, cols = tokens.tile_grid
+        if tokens.canvas_size != (rows * config.sample_size, cols * config.sample_size):
+            raise ValueError(
+                f"A canvas of {rows} x {cols} tiles of this model has {rows * config.sample_size} x "
+                f"{cols * config.sample_size} pixels, the tokens have {tokens.canvas_size}."
+            )
+        canvas = self._decode_local(tokens) if config.decoder_type == "lattice" else self._decode_map(tokens, mode)
+        sample = canvas[..., : tokens.image_size[0], : tokens.image_size[1]]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def render(self, tokens: GPSTokens) -> Tensor:
+        """Splats texture onto the feature map of the whole canvas; for `decoder_type="map"`.
+
+        Returns: (B, texture_channels, rows map_size, cols map_size) in the tokens' dtype, accumulated in float32.
+        """
+        height, width = (tiles * self.config.map_size for tiles in tokens.tile_grid)
+        return splat_gaussians(tokens.geometry, tokens.texture, height, width, self.config.support)
+
+    def _decode_map(self, tokens: GPSTokens, mode: str) -> Tensor:
+        if mode == "tile" or tokens.tile_grid == (1, 1):
+            geometry, texture = tokens.split_tiles()
+            size = (self.config.sample_size, self.config.sample_size)
+            tiles = []
+            for chunk in self._chunks(len(geometry), tokens.tile_grid):
+                feature_map = self.render(GPSTokens(geometry[chunk], texture[chunk], size))
+                tiles.append(self.decoder(feature_map.to(self.dtype)))
+            return join_tiles(torch.cat(tiles), tokens.tile_grid)
+        rows, cols = tokens.tile_grid
+        if max(rows, cols) <= MERGED_WINDOW_TILES + 2:
+            return self.decoder(self.render(tokens).to(self.dtype), tokens.tile_grid)
+        return self._decode_merged_windows(tokens)
+
+    def _decode_merged_windows(self, tokens: GPSTokens) -> Tensor:
+        """Merged decoding of a large canvas, a window of tiles at a time with one tile around it.
+
+        Statistics of distant tiles do not reach a window, so this is not bit for bit what one pass would give, but its
+        memory does not grow with the image.
+        """
+        rows, cols = tokens.tile_grid
+        tile = self.config.sample_size
+        map_tile = self.config.map_size
+        feature_map = self.render(tokens)
+        canvas = feature_map.new_empty(
+            (tokens.batch_size, self.config.out_channels, rows * tile, cols * tile), dtype=self.dtype
+        )
+        for row in range(0, rows, MERGED_WINDOW_TILES):
+            for col in range(0, cols, MERGED_WINDOW_TILES):
+                bottom, right = min(row + MERGED_WINDOW_TILES, rows), min(col + MERGED_WINDOW_TILES, cols)
+                top_halo, left_halo = max(row - 1, 0), max(col - 1, 0)
+                bottom_halo, right_halo = min(bottom + 1, rows), min(right + 1, cols)
+                window = feature_map[
+                    ..., top_halo * map_tile : bottom_halo * map_tile, left_halo * map_tile : right_halo * map_tile
+                ]
+                grid = (bottom_halo - top_halo, right_halo - left_halo)
+                picture = self.decoder(window.to(self.dtype), grid)
+                top, left = (row - top_halo) * tile, (col - left_halo) * tile
+                canvas[..., row * tile : bottom * tile, col * tile : right * tile] = picture[
+                    ..., top : top + (bottom - row) * tile, left : left + (right - col) * tile
+                ]
+        return canvas
+
+    def _decode_local(self, tokens: GPSTokens) -> Tensor:
+        """Decodes with the lattice decoder: painted once, convolved window by window where the canvas is large."""
+        decoder, (rows, cols) = self.decoder, tokens.tile_grid
+        map_size = self.config.map_size
+        parts = []
+        for chunk in self._chunks(tokens.batch_size, (1, 1)):
+            geometry, texture = tokens.geometry[chunk], tokens.texture[chunk].to(self.dtype)
+            if rows * cols <= TILES_AT_ONCE:
+                parts.append(decoder(geometry, texture, (rows * map_size, cols * map_size)))
+            else:
+                parts.append(self._decode_local_windows(geometry, texture, tokens.tile_grid))
+        return torch.cat(parts)
+
+    def _decode_local_windows(self, geometry: Tensor, texture: Tensor, tile_grid: tuple[int, int]) -> Tensor:
+        """Tile by tile with as much of the map around it as the convolutions look at: the same picture."""
+        decoder, map_size = self.decoder, self.config.map_size
+        rows, cols = tile_grid
+        halo, upscale = decoder.receptive_px, decoder.upscale
+        feature_map = decoder.paint(geometry, texture, (rows * map_size, cols * map_size)).to(self.dtype)
+        height, width = feature_map.shape[-2:]
+        canvas_shape = (len(geometry), self.config.out_channels, height * upscale, width * upscale)
+        canvas = feature_map.new_empty(canvas_shape)
+        for top in range(0, height, map_size):
+            for left in range(0, width, map_size):
+                y0, x0 = max(top - halo, 0), max(left - halo, 0)
+                window = feature_map[..., y0 : top + map_size + halo, x0 : left + map_size + halo]
+                picture = decoder.render(window.contiguous(memory_format=torch.channels_last))
+                y, x, side = (top - y0) * upscale, (left - x0) * upscale, map_size * upscale
+                canvas[..., top * upscale : top * upscale + side, left * upscale : left * upscale + side] = picture[
+                    ..., y : y + side, x : x + side
+                ]
+        return canvas
+
+    def forward(
+        self,
+        sample: Tensor,
+        geometry: Tensor | None = None,
+        regions: Tensor | None = None,
+        *,
+        num_tokens: int | None = None,
+        return_dict: bool = True,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encodes and decodes: (B, in_channels, H, W) in [-1, 1] -> `sample` of the same size. Arguments as `encode`."""
+        (tokens,) = self.encode(sample, geometry, regions, num_tokens=num_tokens, return_dict=False)
+        return self.decode(tokens, return_dict=return_dict)
+
+    def _chunks(self, count: int, tile_grid: tuple[int, int]) -> Iterator[slice]:
+        """Splits a batch of tiles: all at once for images of one tile, a few at a time for larger ones."""
+        if self.use_slicing:
+            step = 1
+        else:
+            step = count if tile_grid == (1, 1) else TILES_AT_ONCE
+        return (slice(start, start + step) for start in range(0, count, step))
+
+    # ------------------------------------------------------------------ official checkpoints
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides) -> AutoencoderGPSToken:
+        """A freshly initialised model in the size of a released one: "s64", "m128" or "l256".
+
+        Raises ValueError for another name.
+        """
+        if preset not in convert.PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(convert.PRESETS)}, got {preset!r}.")
+        return cls(**{**convert.PRESETS[preset], **overrides})
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike,
+        *,
+        preset: str | None = None,
+        config: dict | str | os.PathLike | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AutoencoderGPSToken:
+        """Loads an official GPSToken autoencoder file as it is.
+
+        Args:
+            path: a `.safetensors` file of the research code. Pickles are refused.
+            preset: "s64", "m128" or "l256". None recognises it: L256 by its shapes; S64 and M128 do not differ in any
+                shape, so by the file's name. The log says which was taken.
+            config: constructor arguments (a dict, or a JSON file) for a model of other sizes; replaces the preset.
+            dtype: of the loaded weights; None keeps float32.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a whole safetensors file, another model's, or tensors that are missing, left over or
+                misshapen (all are listed).
+        """
+        converted = convert.convert_autoencoder(convert.read_safetensors(path), str(path))
+        if config is None:
+            head = converted.get("refiner.texture_head.weight")
+            if head is None:
+                raise ValueError(f"{path} lacks 'to_gps.1.weight', the texture head: it is no whole autoencoder.")
+            preset, reason = convert.recognise_preset(head.shape[0], str(path), preset)
+            logger.warning("Loading %s as the preset %s (%s).", Path(path).name, preset, reason)
+            config = convert.PRESETS[preset]
+        elif preset is not None:
+            raise ValueError("Give either a preset or a config, not both.")
+        elif not isinstance(config, dict):
+            config = convert.read_config_file(config)
+        try:
+            with torch.device("meta"):
+                model = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
+        except TypeError as error:
+            raise ValueError(f"The configuration does not fit AutoencoderGPSToken: {error}.") from error
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        convert.check_against_model(converted, expected, str(path))
+        model.load_state_dict(converted, assign=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model.to(dtype or torch.float32).eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> AutoencoderGPSToken:
+        """Loads a folder that `save_pretrained` wrote; arguments as diffusers' `ModelMixin.from_pretrained`.
+
+        Raises OSError where the folder lacks weights that the model needs: diffusers only warns, and leaves them empty.
+        """
+        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = model[0] if isinstance(model, tuple) else model
+        empty = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
+        if empty:
+            raise OSError(
+                f"{pretrained_model_name_or_path} lacks {len(empty)} of the model's weights "
+                f"({json.dumps(empty[:10])}...). The folder is incomplete, or its config.json is of another model."
+            )
+        return model

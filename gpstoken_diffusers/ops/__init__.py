@@ -1,0 +1,1 @@
+"""The operations with native versions: splatting Gaussians and partitioning images."""

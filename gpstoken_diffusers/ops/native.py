@@ -1,0 +1,214 @@
+"""Finds, loads and explains the native libraries. The only module that knows csrc.
+
+The libraries are plain C (csrc/gpstoken_native.h), built by CMake while pip installs, and lie in the `lib` folder of
+the package. Everything works without them, on the plain PyTorch definitions (`ops/*_reference.py`), only slower.
+
+    python -m gpstoken_diffusers.ops.native      prints which backends exist and which one each op uses
+
+The environment variable GPSTOKEN_BACKEND=reference forces the plain definitions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import gpstoken_diffusers
+
+__all__ = ["announce_fallback", "call", "doctor", "dtype_code", "library", "reference_forced", "why_missing"]
+
+logger = logging.getLogger(__name__)
+
+ABI_VERSION = 1  # GPSTOKEN_ABI_VERSION of csrc/gpstoken_native.h
+BACKEND_VARIABLE = "GPSTOKEN_BACKEND"
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
+_SPLAT_SIZES = [_SIZE] * 5 + [_FLOAT, _INT]  # B, N, C, H, W, support, dtype
+
+# Arguments of every function of the C interface, in the header's order; each returns an int.
+_SIGNATURES: dict[str, dict[str, list[type]]] = {
+    "cpu": {
+        "gpstoken_splat_forward_cpu": [_POINTER] * 3 + _SPLAT_SIZES + [_INT],
+        "gpstoken_splat_backward_cpu": [_POINTER] * 5 + _SPLAT_SIZES + [_INT],
+        "gpstoken_partition_cpu": [_POINTER] * 3 + [_SIZE] * 4 + [_INT, _DOUBLE, _INT],
+    },
+    "cuda": {
+        "gpstoken_splat_forward_cuda": [_POINTER] * 3 + _SPLAT_SIZES + [_POINTER],
+        "gpstoken_splat_backward_cuda": [_POINTER] * 5 + _SPLAT_SIZES + [_POINTER],
+    },
+}
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_RESULTS = {
+    1: "invalid argument",
+    2: "unsupported dtype",
+    3: "out of memory",
+    4: "too many tokens",
+}
+_CUDA_ERROR = 1000
+
+# Which native library serves an op on each kind of device; None: there is only the plain definition.
+_OPS: dict[str, dict[str, str | None]] = {
+    "splat_gaussians": {"cpu": "cpu", "cuda": "cuda", "mps": None},
+    "partition_image": {"cpu": "cpu", "cuda": "cpu", "mps": "cpu"},  # images are brought to the CPU and back
+}
+
+
+def reference_forced() -> bool:
+    """Whether GPSTOKEN_BACKEND asks for the plain definitions. ValueError for an unknown value."""
+    value = os.environ.get(BACKEND_VARIABLE, "")
+    if value not in ("", "auto", "reference"):
+        raise ValueError(f"{BACKEND_VARIABLE}={value!r}: expected 'auto' (or unset) or 'reference'.")
+    return value == "reference"
+
+
+def library(kind: str) -> ctypes.CDLL | None:
+    """The loaded native library "cpu" or "cuda", or None: not built, unloadable, or switched off by the user."""
+    return None if reference_forced() else _load(kind)[0]
+
+
+def why_missing(kind: str) -> str:
+    """Why `library(kind)` is None, in one line; "" if it is there."""
+    if reference_forced():
+        return f"switched off by {BACKEND_VARIABLE}=reference"
+    return _load(kind)[1]
+
+
+def dtype_code(dtype: torch.dtype) -> int | None:
+    """The C interface's number of an element type, or None: float64 and others run on the plain definitions."""
+    return _DTYPE_CODES.get(dtype)
+
+
+def call(kind: str, function: str, *arguments: object) -> None:
+    """Calls a function of a loaded library. RuntimeError that names the function and the cause if it fails."""
+    lib = library(kind)
+    if lib is None:
+        raise RuntimeError(f"{function}: the {kind} library is not available ({why_missing(kind)}).")
+    code = getattr(lib, function)(*arguments)
+    if code == 0:
+        return
+    if code >= _CUDA_ERROR:
+        text = "CUDA: " + lib.gpstoken_cuda_error_string(code - _CUDA_ERROR).decode()
+    else:
+        text = _RESULTS.get(code, "unknown error")
+    raise RuntimeError(f"{function} failed with code {code} ({text}).")
+
+
+@functools.cache
+def announce_fallback(op: str, device: str) -> None:
+    """Says once per op and kind of device that a plain fallback runs where a native library would be faster."""
+    kind = _OPS[op].get(device)
+    if kind is not None and not reference_forced():
+        logger.warning(
+            "%s on %s runs on plain PyTorch, which is slower: %s. %s (`gpstoken doctor` shows all backends.)",
+            op, device, why_missing(kind), _remedy(kind),
+        )  # fmt: skip
+
+
+def doctor() -> str:
+    """A text that tells which backends exist, which one each op uses on each device, and how to get faster ones."""
+    lines = [
+        f"gpstoken_diffusers {_version('gpstoken_diffusers')} at {Path(gpstoken_diffusers.__path__[0])}",
+        f"  Python {platform.python_version()} on {platform.system()} {platform.machine()}; "
+        + ", ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "diffusers", "transformers")),
+        f"  devices: {', '.join(_devices())}; {torch.get_num_threads()} CPU threads (torch.get_num_threads())",
+        "",
+        "native libraries",
+    ]
+    for kind in _SIGNATURES:
+        lib = library(kind)
+        if lib is None:
+            lines += [f"  {kind:<5} missing: {why_missing(kind)}", f"        {_remedy(kind)}"]
+        else:
+            isa = f", instruction set: {lib.gpstoken_cpu_isa().decode()}" if kind == "cpu" else ""
+            lines.append(f"  {kind:<5} {lib._name}{isa}")
+    lines += ["", "which implementation runs"]
+    for op, kinds in _OPS.items():
+        for device in _devices():
+            kind = kinds[device]
+            native = kind is not None and library(kind) is not None
+            where = f" ({kind} library)" if native else " (no native version)" if kind is None else ""
+            lines.append(f"  {op:<16} on {device:<5} {'native' if native else 'plain PyTorch'}{where}")
+    return "\n".join(lines)
+
+
+def _devices() -> list[str]:
+    """The kinds of device that this process can use."""
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _remedy(kind: str) -> str:
+    """What to do to get a native library."""
+    if reference_forced():
+        return f"Unset {BACKEND_VARIABLE}."
+    needs = "a C++17 compiler" if kind == "cpu" else "a C++17 compiler and CUDA's nvcc (CUDA_HOME)"
+    root = Path(gpstoken_diffusers.__path__[0]).parent
+    if (root / "CMakeLists.txt").exists():
+        how = (
+            f"in {root}: cmake -S . -B build -G Ninja && cmake --build build && "
+            "cmake --install build --prefix gpstoken_diffusers"
+        )
+    else:
+        how = "from the source folder: pip install --force-reinstall --no-deps --no-cache-dir ."
+    return f"To get it, install {needs}, then run, {how}"
+
+
+def _file_name(kind: str) -> str:
+    if sys.platform == "win32":
+        return f"gpstoken_{kind}.dll"
+    return f"libgpstoken_{kind}.{'dylib' if sys.platform == 'darwin' else 'so'}"
+
+
+@functools.cache
+def _load(kind: str) -> tuple[ctypes.CDLL | None, str]:
+    """(library, "") or (None, reason). An editable install gives the package several folders: all are searched."""
+    if kind not in _SIGNATURES:
+        raise ValueError(f"native library {kind!r}: expected one of {', '.join(_SIGNATURES)}.")
+    name = _file_name(kind)
+    folders = [Path(root) / "lib" for root in gpstoken_diffusers.__path__]
+    reason = f"{name} was not built (looked in {', '.join(map(str, folders))})"
+    for path in (folder / name for folder in folders):
+        if not path.exists():
+            continue
+        try:
+            lib = ctypes.CDLL(str(path))
+            found = lib.gpstoken_abi_version()
+            if found != ABI_VERSION:
+                reason = f"{path} is of another version (interface {found}, needed {ABI_VERSION}): rebuild it"
+                continue
+            for function, arguments in _SIGNATURES[kind].items():
+                if hasattr(lib, function):  # DEV: strict once everything is there
+                    getattr(lib, function).argtypes = arguments
+            text = lib.gpstoken_cpu_isa if kind == "cpu" else lib.gpstoken_cuda_error_string
+            text.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            reason = f"{path} cannot be loaded ({error})"
+            continue
+        return lib, ""
+    return None, reason
+
+
+if __name__ == "__main__":
+    print(doctor())

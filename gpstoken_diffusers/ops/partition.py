@@ -1,0 +1,228 @@
+"""Adaptive partition of images into regions, and the initial Gaussian of each region.
+
+Detail attracts tokens: the region with the most complex gradients is halved first (see `ops/partition_reference.py`, which
+defines the result exactly). A user can attract tokens too, by an importance map.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.partition_reference import partition_image_reference, region_complexity
+
+__all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partition_image"]
+
+SMALLEST_SIDE = 2  # px: the coordinates of a one-pixel axis and the width of its Gaussians would be undefined
+SMALLEST_MIN_REGION_SIZE = 2  # px: with less, regions one pixel wide would appear
+
+
+class Partition(NamedTuple):
+    """Regions of a batch of images and their initial Gaussians, in token order.
+
+    regions: (B, N, 4) int32, x0, y0, x1, y1 in pixels, the last ones inclusive.
+    geometry: (B, N, 5) float32, sigma_x, sigma_y, rho, x, y in [-1, 1] image coordinates.
+    """
+
+    regions: torch.Tensor
+    geometry: torch.Tensor
+
+
+def grayscale(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Luma 0.299 R + 0.587 G + 0.114 B of (B, 3, H, W) images, or the one channel of (B, 1, H, W): (B, H, W) float32.
+
+    Values keep their scale. ValueError for another shape.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] not in (1, 3):
+        raise ValueError(f"pixel_values: expected (B, 3, H, W) or (B, 1, H, W), got {tuple(pixel_values.shape)}.")
+    channels = pixel_values.float()
+    if pixel_values.shape[1] == 1:
+        return channels[:, 0]
+    return 0.299 * channels[:, 0] + 0.587 * channels[:, 1] + 0.114 * channels[:, 2]
+
+
+def initial_gaussians(regions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Initial Gaussian of each region of a height x width image.
+
+    A sigma is a third of the region's inclusive extent, in units where the image spans 2; rho is 0; the centre is the region's.
+    regions: (..., 4) integers x0, y0, x1, y1 in pixels, the last ones inclusive. Returns (..., 5) float32 on the same device.
+    """
+    x0, y0, x1, y1 = regions.cpu().double().unbind(-1)  # float64 on the CPU, since not every device has it
+    geometry = torch.stack(
+        [
+            (x1 - x0) / width * (2 / 3),
+            (y1 - y0) / height * (2 / 3),
+            torch.zeros_like(x0),
+            (x0 + x1) / (width - 1) - 1,
+            (y0 + y1) / (height - 1) - 1,
+        ],
+        dim=-1,
+    )
+    return geometry.to(regions.device, torch.float32)
+
+
+def max_tokens(height: int, width: int, min_region_size: int = 8) -> int:
+    """The largest number of tokens that a height x width image can be divided into.
+
+    A side of n pixels is halved while n - 1 > min_region_size. The number of final regions does not depend on the order of the
+    splits, nor on how a square is cut: cutting it along x or y gives transposed halves, and a region and its
+    transpose have equally many final regions. ValueError for sizes below 2 px.
+    """
+    if min(height, width) < SMALLEST_SIDE:
+        raise ValueError(
+            f"image of {height} x {width} px: the smallest image that can be divided into tokens is "
+            f"{SMALLEST_SIDE} x {SMALLEST_SIDE} px."
+        )
+    if min_region_size < SMALLEST_MIN_REGION_SIZE:
+        raise ValueError(
+            f"min_region_size={min_region_size}: expected at least {SMALLEST_MIN_REGION_SIZE} px (the official models use 8)."
+        )
+    return _count_leaves(min(height, width), max(height, width), min_region_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_leaves(short: int, long: int, min_region_size: int) -> int:
+    if long - 1 <= min_region_size:
+        return 1
+    first, second = long // 2, long - long // 2
+    return sum(_count_leaves(min(short, half), max(short, half), min_region_size) for half in (first, second))
+
+
+@torch.compiler.disable
+def partition_image(
+    image: torch.Tensor | np.ndarray,
+    num_tokens: int,
+    *,
+    min_region_size: int = 8,
+    entropy_exponent: float = 2.5,
+    importance: torch.Tensor | np.ndarray | None = None,
+    importance_strength: float = 1.0,
+    complexity_bias: torch.Tensor | np.ndarray | None = None,
+) -> Partition:
+    """Divides each image into `num_tokens` regions, small ones where there is detail.
+
+    Args:
+        image: (H, W) or (B, H, W) grey, or (B, 3, H, W) or (B, 1, H, W); floats in [-1, 1], or uint8 (0..255). Any size
+            from 2 x 2 px, on any device; the work is done on the CPU by `torch.get_num_threads()` threads.
+        num_tokens: from 1 to `max_tokens(H, W, min_region_size)`.
+        min_region_size: px; a region is split only while one of its sides, less 1, exceeds it. At least 2.
+        entropy_exponent: complexity of a region = entropy of its gradients ** entropy_exponent * area. Smaller values
+            divide more evenly. At least 0.
+        importance: (H, W) for all images or (B, H, W); boolean, or floats in [0, 1]: where tokens are wanted.
+        importance_strength: at least 0. Each pixel adds strength * importance * (the image's complexity per pixel) to
+            its region, so at 1 a pixel of importance 1 counts what an average pixel counts, on top of its own detail.
+        complexity_bias: (H, W) or (B, H, W), any finite values: a bonus in units of complexity, added up over a region
+            (the official code's `cdbias`).
+
+    Returns:
+        Partition of B images (B = 1 for a single one), on the image's device. The order of tokens is that of the list
+        of regions when the last split is done: by falling complexity, then the last two halves.
+
+    Raises:
+        ValueError: sizes, ranges or numbers outside the above, NaN or infinite values.
+        TypeError: image or map of another type.
+    """
+    grey, device = _grey_batch(image)
+    batch, height, width = grey.shape
+    num_tokens, min_region_size = operator.index(num_tokens), operator.index(min_region_size)
+    largest = max_tokens(height, width, min_region_size)
+    if not 1 <= num_tokens <= largest:
+        raise ValueError(
+            f"num_tokens={num_tokens}: an image of {height} x {width} px with min_region_size={min_region_size} gives 1 to "
+            f"{largest} tokens. The largest number is {largest}."
+        )
+    for name, value in (("entropy_exponent", entropy_exponent), ("importance_strength", importance_strength)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: expected a finite number, at least 0.")
+
+    bias = None
+    if complexity_bias is not None:
+        bias = _map_batch("complexity_bias", complexity_bias, grey.shape)
+    if importance is not None:
+        drawn = _map_batch("importance", importance, grey.shape)
+        if drawn.min() < 0 or drawn.max() > 1:
+            raise ValueError(
+                f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}; divide the map by its "
+                "maximum, and set how much it counts by importance_strength."
+            )
+        drawn = drawn * _complexity_per_pixel(grey, entropy_exponent) * np.float64(importance_strength)
+        bias = drawn if bias is None else bias + drawn
+    if bias is not None:
+        bias = np.ascontiguousarray(np.broadcast_to(bias, grey.shape), dtype=np.float32)
+
+    regions = torch.from_numpy(_regions(grey, num_tokens, min_region_size, float(entropy_exponent), bias))
+    geometry = initial_gaussians(regions, height, width)
+    return Partition(regions.to(device), geometry.to(device))
+
+
+def _regions(
+    grey: np.ndarray, num_tokens: int, min_region_size: int, entropy_exponent: float, bias: np.ndarray | None
+) -> np.ndarray:
+    if native.library("cpu") is None:
+        native.announce_fallback("partition_image", "cpu")
+        return partition_image_reference(grey, num_tokens, min_region_size, entropy_exponent, bias)
+    regions = np.empty((len(grey), num_tokens, 4), dtype=np.int32)
+    native.call(
+        "cpu", "gpstoken_partition_cpu", grey.ctypes.data, None if bias is None else bias.ctypes.data, regions.ctypes.data,
+        *grey.shape, num_tokens, min_region_size, entropy_exponent, torch.get_num_threads(),
+    )  # fmt: skip
+    return regions
+
+
+def _grey_batch(image: torch.Tensor | np.ndarray) -> tuple[np.ndarray, torch.device]:
+    """(B, H, W) float32 grey values on the CPU, in [-1, 1], and the device that the image was on."""
+    if isinstance(image, np.ndarray):
+        image = torch.tensor(np.ascontiguousarray(image))
+    if not isinstance(image, torch.Tensor):
+        raise TypeError(f"image: expected a torch tensor or a NumPy array, got {type(image).__name__}.")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"image: expected floats in [-1, 1] or uint8, got {image.dtype}.")
+    shape = tuple(image.shape)
+    if image.ndim not in (2, 3, 4) or (image.ndim == 4 and image.shape[1] not in (1, 3)):
+        raise ValueError(f"image: expected (H, W), (B, H, W), (B, 1, H, W) or (B, 3, H, W), got {shape}.")
+    device = image.device
+    image = image.detach()
+    if image.dtype == torch.uint8:
+        image = (image.cpu().double() / 127.5 - 1).float()  # rounded once, as the definition asks
+    grey = grayscale(image) if image.ndim == 4 else image.reshape(-1, *image.shape[-2:])
+    grey = grey.to("cpu", torch.float32).contiguous().numpy()
+    if min(grey.shape[1:]) < SMALLEST_SIDE:
+        max_tokens(*grey.shape[1:])  # raises, naming the smallest size
+    if grey.size:
+        low, high = float(grey.min()), float(grey.max())  # NaN spreads through both
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("image: it contains NaN or infinite values.")
+        if max(-low, high) > 2:
+            raise ValueError(f"image: expected values in [-1, 1], got {low:.4g} to {high:.4g}.")
+        if max(-low, high) > 1:
+            grey = grey.clip(-1, 1)  # a decoded picture that overshoots a little
+    return grey, device
+
+
+def _map_batch(name: str, values: torch.Tensor | np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """A finite float64 map that broadcasts to (B, H, W)."""
+    values = values.detach().cpu() if isinstance(values, torch.Tensor) else torch.tensor(np.ascontiguousarray(values))
+    if values.dtype != torch.bool and not values.is_floating_point():
+        raise TypeError(f"{name}: expected floats or booleans, got {values.dtype}.")
+    if tuple(values.shape) not in (shape[1:], (1, *shape[1:]), tuple(shape)):
+        raise ValueError(
+            f"{name}: expected the image's size, {tuple(shape[1:])} or {tuple(shape)}, got {tuple(values.shape)}."
+        )
+    values = values.double().numpy().reshape(-1, *shape[1:])
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: it contains NaN or infinite values.")
+    return values
+
+
+def _complexity_per_pixel(grey: np.ndarray, entropy_exponent: float) -> np.ndarray:
+    """(B, 1, 1): complexity of each whole image over its number of pixels."""
+    _, height, width = grey.shape
+    whole = np.array([[0, 0, width - 1, height - 1]])
+    totals = [region_complexity(image, whole, entropy_exponent)[0] for image in grey]
+    return np.array(totals).reshape(-1, 1, 1) / (height * width)

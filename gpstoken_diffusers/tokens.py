@@ -1,0 +1,456 @@
+"""GPSTokens: the value that travels between encoder, decoder, files, pictures and generators."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+GEOMETRY_CHANNELS = 5
+"""Channels of a geometry, always in the order (sigma_x, sigma_y, rho, x, y)."""
+SIGMA = slice(0, 2)
+"""sigma_x, sigma_y: standard deviations in [-1, 1] coordinates (2 is the whole width or height)."""
+RHO = 2
+"""rho: correlation of x and y, in (-1, 1); y grows downwards, so rho > 0 falls from left to right."""
+CENTER = slice(3, 5)
+"""x, y: the centre; -1 and 1 are the centres of the first and last pixel of the canvas."""
+
+FILE_FORMAT = "gpstoken.tokens"
+FILE_FORMAT_VERSION = 1
+
+_TEXTURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# torch.save's zip archive, and bare pickles of protocol 2 to 5.
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_HEADER_KEYS = ("format", "format_version", "image_size", "tile_grid", "canvas_size")
+
+
+@dataclass(eq=False, repr=False)
+class GPSTokens:
+    """A batch of images, each as N Gaussians with a texture vector.
+
+    Shapes, dtypes and sizes are checked when the value is made; the numbers themselves are not, because that
+    would wait for the device at each step: `validate()` does it, and `save` and `load` call it.
+
+    Attributes:
+        geometry: (B, N, 5) float32, (sigma_x, sigma_y, rho, x, y) in [-1, 1] coordinates of the canvas.
+        texture: (B, N, C) float32, float16 or bfloat16, on the same device.
+        image_size: (height, width) in pixels of the picture that the tokens stand for.
+        tile_grid: (rows, columns) of the tiles that were encoded apart. Tokens are tile-major: those of the
+            first tile, then those of the next in its row, and so on; N = rows * columns * tokens_per_tile.
+        canvas_size: (height, width) in pixels of the picture padded at its right and bottom to whole tiles;
+            None (the default) stands for `image_size`.
+
+    Raises:
+        TypeError: a field is of another type or dtype.
+        ValueError: shapes or sizes do not fit together.
+    """
+
+    geometry: Tensor
+    texture: Tensor
+    image_size: tuple[int, int]
+    tile_grid: tuple[int, int] = (1, 1)
+    canvas_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.image_size = _pair("image_size", self.image_size)
+        self.tile_grid = _pair("tile_grid", self.tile_grid)
+        canvas_size = self.image_size if self.canvas_size is None else self.canvas_size
+        self.canvas_size = _pair("canvas_size", canvas_size)
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        geometry, texture = self.geometry, self.texture
+        for name, value in (("geometry", geometry), ("texture", texture)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+        if geometry.ndim != 3 or geometry.shape[-1] != GEOMETRY_CHANNELS:
+            raise ValueError(f"geometry must have the shape (B, N, 5), not {tuple(geometry.shape)}")
+        if texture.ndim != 3 or texture.shape[-1] == 0:
+            raise ValueError(f"texture must have the shape (B, N, C) with C >= 1, not {tuple(texture.shape)}")
+        if geometry.shape[:2] != texture.shape[:2]:
+            raise ValueError(
+                "geometry and texture must agree in batch size and token count, "
+                f"but their shapes are {tuple(geometry.shape)} and {tuple(texture.shape)}"
+            )
+        if geometry.dtype != torch.float32:
+            raise TypeError(f"geometry must be torch.float32, not {geometry.dtype}: pass geometry.float()")
+        if texture.dtype not in _TEXTURE_DTYPES:
+            raise TypeError(f"texture must be float32, float16 or bfloat16, not {texture.dtype}")
+        if geometry.device != texture.device:
+            raise ValueError(f"geometry is on {geometry.device} but texture is on {texture.device}")
+        rows, cols = self.tile_grid
+        if geometry.shape[1] % (rows * cols) != 0:
+            raise ValueError(f"{geometry.shape[1]} tokens do not divide evenly into {rows} x {cols} tiles")
+        (height, width), (canvas_height, canvas_width) = self.image_size, self.canvas_size
+        if canvas_height < height or canvas_width < width:
+            raise ValueError(f"canvas_size {self.canvas_size} is smaller than image_size {self.image_size}")
+        if canvas_height % rows != 0 or canvas_width % cols != 0:
+            raise ValueError(f"canvas_size {self.canvas_size} is not {rows} x {cols} tiles of whole pixels")
+
+    def validate(self) -> GPSTokens:
+        """Check the numbers, and return the tokens themselves. Waits for the device once.
+
+        A sigma of 1 or more is allowed: it is a Gaussian wider than the image, drawn like any other.
+
+        Raises:
+            ValueError: there is no image or no token, a value is NaN or infinite, sigma <= 0 or |rho| >= 1.
+                The message names the first such token.
+        """
+        if self.batch_size == 0 or self.num_tokens == 0:
+            raise ValueError(f"tokens are empty: {self.batch_size} images of {self.num_tokens} tokens each")
+        geometry, texture = self.geometry.detach(), self.texture.detach()
+        problems = {
+            "the geometry must be finite": ~geometry.isfinite().all(-1),
+            "sigma_x and sigma_y must be greater than 0": (geometry[..., SIGMA] <= 0).any(-1),
+            "rho must lie strictly between -1 and 1": geometry[..., RHO].abs() >= 1,
+            "the texture must be finite": ~texture.isfinite().all(-1),
+        }
+        found = torch.stack([mask.any() for mask in problems.values()]).tolist()
+        for (rule, mask), bad in zip(problems.items(), found, strict=True):
+            if bad:
+                image, token = mask.nonzero()[0].tolist()
+                if "texture" in rule:
+                    channel = (~texture[image, token].isfinite()).nonzero()[0].item()
+                    value = f"its texture channel {channel} is {texture[image, token, channel].item()}"
+                else:
+                    numbers = ", ".join(f"{number:g}" for number in geometry[image, token].tolist())
+                    value = f"its (sigma_x, sigma_y, rho, x, y) is ({numbers})"
+                raise ValueError(f"{rule}, but token {token} of image {image} breaks this: {value}")
+        return self
+
+    # Sizes
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images, B."""
+        return self.geometry.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image, all its tiles together, N."""
+        return self.geometry.shape[1]
+
+    @property
+    def texture_channels(self) -> int:
+        """Length of a token's texture vector, C."""
+        return self.texture.shape[2]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of one tile: N / (rows * columns)."""
+        return self.num_tokens // (self.tile_grid[0] * self.tile_grid[1])
+
+    @property
+    def num_floats(self) -> int:
+        """Numbers that one image takes: N * (5 + C)."""
+        return self.num_tokens * (GEOMETRY_CHANNELS + self.texture_channels)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one image takes at the dtypes held here (without the header of a file)."""
+        texture_bytes = self.texture_channels * self.texture.element_size()
+        return self.num_tokens * (GEOMETRY_CHANNELS * self.geometry.element_size() + texture_bytes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where geometry and texture are."""
+        return self.geometry.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the texture; the geometry is always float32."""
+        return self.texture.dtype
+
+    def __repr__(self) -> str:
+        (height, width), (rows, cols) = self.image_size, self.tile_grid
+        images = "1 image" if self.batch_size == 1 else f"{self.batch_size} images"
+        tiles = "" if self.tile_grid == (1, 1) else f" in {rows} x {cols} tiles"
+        return (
+            f"GPSTokens({images} of {height} x {width} px, {self.num_tokens} tokens{tiles}, "
+            f"{self.texture_channels} texture channels in {str(self.dtype).removeprefix('torch.')}, "
+            f"on {self.device}; {self.num_floats:,} floats = {self.num_bytes:,} bytes per image)"
+        )
+
+    # Moving and selecting
+
+    def to(
+        self, device: torch.device | str | int | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> GPSTokens:
+        """Move to a device, and cast the texture to a dtype; `to(torch.bfloat16)` works as for tensors.
+
+        The geometry stays float32 whatever the dtype: bfloat16 has steps of 1/256 for a centre near the edge,
+        half a pixel of 256 and several pixels of a large image, and it rounds a rho of 0.999 to 1.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        texture = self.texture.to(device=device, dtype=dtype)
+        return replace(self, geometry=self.geometry.to(device=device), texture=texture)
+
+    def cpu(self) -> GPSTokens:
+        """The tokens in main memory."""
+        return self.to("cpu")
+
+    def clone(self) -> GPSTokens:
+        """A copy that shares no memory with this one."""
+        return replace(self, geometry=self.geometry.clone(), texture=self.texture.clone())
+
+    def detach(self) -> GPSTokens:
+        """The same memory, cut from the autograd graph."""
+        return replace(self, geometry=self.geometry.detach(), texture=self.texture.detach())
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor) -> GPSTokens:
+        """Choose images: an int (the batch axis stays), a slice, a list of ints, or a mask of B booleans.
+
+        Raises:
+            IndexError: no such image, or a mask of another length.
+            TypeError: an index of another kind.
+        """
+        if isinstance(index, int) and not isinstance(index, bool):
+            if not -self.batch_size <= index < self.batch_size:
+                raise IndexError(f"image {index} of a batch of {self.batch_size}")
+            index = slice(index, index + 1 or None)
+        elif isinstance(index, (Sequence, Tensor)) and not isinstance(index, str):
+            index = torch.as_tensor(index, dtype=torch.long if len(index) == 0 else None, device=self.device)
+            if index.ndim != 1 or index.is_floating_point():
+                raise TypeError("a list of images must hold ints or booleans and have one axis")
+        elif not isinstance(index, slice):
+            raise TypeError(f"images are chosen by an int, slice, list or mask, not {type(index).__name__}")
+        return replace(self, geometry=self.geometry[index], texture=self.texture[index])
+
+    def __iter__(self) -> Iterator[GPSTokens]:
+        """The images one by one, each a batch of one."""
+        return (self[image] for image in range(self.batch_size))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[GPSTokens]) -> GPSTokens:
+        """Join batches; all must agree in everything but the batch size.
+
+        Raises:
+            ValueError: no parts, or parts that differ (the message says in what).
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("there is nothing to concatenate: the list of GPSTokens is empty")
+        sizes = ("num_tokens", "texture_channels", "image_size", "tile_grid", "canvas_size")
+        for position, part in enumerate(parts):
+            for name in (*sizes, "dtype", "device"):
+                ours, theirs = getattr(parts[0], name), getattr(part, name)
+                if ours != theirs:
+                    raise ValueError(f"parts 0 and {position} differ in {name}: {ours} and {theirs}")
+        geometry = torch.cat([part.geometry for part in parts])
+        return replace(parts[0], geometry=geometry, texture=torch.cat([part.texture for part in parts]))
+
+    # One tensor, and tiles
+
+    def as_tensor(self) -> Tensor:
+        """(B, N, 5 + C) float32: sigma_x, sigma_y, rho, x, y, then the texture (the checkpoints' order)."""
+        return torch.cat([self.geometry, self.texture.float()], dim=-1)
+
+    @classmethod
+    def from_tensor(
+        cls,
+        tensor: Tensor,
+        image_size: tuple[int, int],
+        tile_grid: tuple[int, int] = (1, 1),
+        canvas_size: tuple[int, int] | None = None,
+    ) -> GPSTokens:
+        """The way back from `as_tensor`. `tensor` is (B, N, 5 + C); the texture keeps its dtype.
+
+        Raises:
+            ValueError: another shape, or sizes that do not fit.
+        """
+        if tensor.ndim != 3 or tensor.shape[-1] <= GEOMETRY_CHANNELS:
+            raise ValueError(f"tokens must have the shape (B, N, 5 + C), C >= 1, not {tuple(tensor.shape)}")
+        geometry, texture = tensor[..., :GEOMETRY_CHANNELS].float(), tensor[..., GEOMETRY_CHANNELS:]
+        return cls(geometry, texture, image_size, tile_grid, canvas_size)
+
+    @classmethod
+    def merge_tiles(
+        cls,
+        geometry: Tensor,
+        texture: Tensor,
+        tile_grid: tuple[int, int],
+        image_size: tuple[int, int],
+        canvas_size: tuple[int, int] | None = None,
+    ) -> GPSTokens:
+        """Join the tokens of tiles, each in its own [-1, 1] coordinates, into tokens of whole images.
+
+        For the tile in row i and column j: sigma_x / columns, sigma_y / rows, rho as it is,
+        x' = -1 + (2 j + x + 1) / columns, y' = -1 + (2 i + y + 1) / rows.
+
+        Args:
+            geometry: (B * rows * columns, n, 5) float32; the image is the outermost index, then row, column.
+            texture: (B * rows * columns, n, C).
+            tile_grid: (rows, columns).
+            image_size: (height, width) in pixels of the picture.
+            canvas_size: (height, width) in pixels of all tiles together; None when nothing was padded.
+
+        Raises:
+            ValueError: the number of tiles is not a multiple of rows * columns, or sizes do not fit.
+        """
+        rows, cols = tile_grid
+        num_tiles = rows * cols
+        if geometry.shape[0] % num_tiles != 0:
+            raise ValueError(f"{geometry.shape[0]} tiles are not whole images of {rows} x {cols} tiles each")
+        offset, scale = _tile_frames(tile_grid, geometry.device)
+        tiles = geometry.unflatten(0, (-1, num_tiles))
+        # (x + 2 j + 1 - columns) / columns is that formula, its integers collected: exact for a single tile.
+        sigma, center = tiles[..., SIGMA] / scale, (tiles[..., CENTER] + offset) / scale
+        merged = torch.cat([sigma, tiles[..., RHO, None], center], dim=-1)
+        texture = texture.unflatten(0, (-1, num_tiles)).flatten(1, 2)
+        return cls(merged.flatten(1, 2), texture, image_size, tile_grid, canvas_size)
+
+    def split_tiles(self) -> tuple[Tensor, Tensor]:
+        """Undo `merge_tiles`, up to rounding.
+
+        Returns:
+            geometry (B * T, n, 5) in each tile's own coordinates, texture (B * T, n, C); T = rows * columns.
+        """
+        num_tiles = self.tile_grid[0] * self.tile_grid[1]
+        offset, scale = _tile_frames(self.tile_grid, self.device)
+        merged = self.geometry.unflatten(1, (num_tiles, -1))
+        sigma, center = merged[..., SIGMA] * scale, merged[..., CENTER] * scale - offset
+        tiles = torch.cat([sigma, merged[..., RHO, None], center], dim=-1)
+        return tiles.flatten(0, 1), self.texture.unflatten(1, (num_tiles, -1)).flatten(0, 1)
+
+    # Files
+
+    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file: `geometry`, `texture`, and a header that says what they are.
+
+        The file appears whole or not at all; one that was there before survives a failure.
+
+        Args:
+            path: where to write; its folder must exist.
+            metadata: more strings for the header, such as the model's name; `read_metadata` gives them back.
+
+        Raises:
+            ValueError: `validate()` fails, or a metadata key is one of the header's own.
+            TypeError: metadata that is not strings.
+            OSError: the file cannot be written.
+        """
+        extra = dict(metadata or {})
+        if not all(isinstance(text, str) for pair in extra.items() for text in pair):
+            raise TypeError("metadata must map strings to strings")
+        if taken := sorted(extra.keys() & set(_HEADER_KEYS)):
+            raise ValueError(f"these metadata keys belong to the file's own header: {', '.join(taken)}")
+        self.validate()
+        header = {
+            "format": FILE_FORMAT,
+            "format_version": str(FILE_FORMAT_VERSION),
+            "image_size": json.dumps(self.image_size),
+            "tile_grid": json.dumps(self.tile_grid),
+            "canvas_size": json.dumps(self.canvas_size),
+        }
+        # A copy, because both may be views of one tensor, which safetensors refuses.
+        own = self.detach().cpu().clone()
+        tensors = {"geometry": own.geometry.contiguous(), "texture": own.texture.contiguous()}
+        write_atomically(path, safetensors_bytes(tensors, metadata=extra | header))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> GPSTokens:
+        """Read a file of `save`, onto the CPU. Nothing in it is ever executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is empty, truncated, of another kind, of a later version, or holds impossible
+                values; the message says which, and what to do.
+        """
+        header, tensors = _read(path, with_tensors=True)
+        try:
+            sizes = {name: json.loads(header[name]) for name in ("image_size", "tile_grid", "canvas_size")}
+            return cls(tensors["geometry"], tensors["texture"], **sizes).validate()
+        except KeyError as error:
+            raise ValueError(f"{path}: the tokens lack {error}. Encode the image again.") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: the tokens are damaged: {error}. Encode the image again.") from error
+
+    @staticmethod
+    def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+        """The header of a file of `save`, the strings given as `metadata` among it. Raises as `load` does."""
+        return _read(path, with_tensors=False)[0]
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, takes its name last.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; an older file is left as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:  # Ctrl-C too must leave no temporary file
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write the file ({error.strerror})", str(path)) from error
+        raise
+
+
+def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a tokens file, after checking that it is one (not that its values make sense)."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if not start:
+        raise ValueError(f"{path}: the file is empty (0 bytes). Encode the image again.")
+    if start.startswith(_PICKLE_STARTS):
+        raise ValueError(
+            f"{path}: this is a Python pickle (as torch.save writes), whatever its name says. Reading it "
+            "could run code, so it was not read. Tokens are written by GPSTokens.save and `gpstoken encode`."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            names = sorted(file.keys())
+            if header.get("format") != FILE_FORMAT:
+                shown = f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                raise ValueError(
+                    f"{path}: a safetensors file, but not of tokens: it holds {shown}. "
+                    "Tokens are written by GPSTokens.save and `gpstoken encode`."
+                )
+            version = header.get("format_version", "")
+            if not version.isdecimal():
+                raise ValueError(f"{path}: the tokens are damaged: their format version reads {version!r}.")
+            if int(version) > FILE_FORMAT_VERSION:
+                raise ValueError(
+                    f"{path}: tokens of format version {version}, but this program reads up to "
+                    f"{FILE_FORMAT_VERSION}. Upgrade it: pip install --upgrade gpstoken-diffusers"
+                )
+            # Copies, so that the file is not kept mapped into memory while the tokens live.
+            tensors = {name: file.get_tensor(name).clone() for name in names} if with_tensors else {}
+    except SafetensorError as error:
+        whole = "a truncated or damaged safetensors file" if start[8:] == b"{" else "not a safetensors file"
+        raise ValueError(f"{path}: {whole} ({error}). Copy it again, or encode the image again.") from error
+    return header, tensors
+
+
+def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)) or [isinstance(size, int) for size in value] != [True, True]:
+        raise TypeError(f"{name} must be two ints (height, width or rows, columns), not {value!r}")
+    if min(value) < 1:
+        raise ValueError(f"{name} must be at least 1 along both axes, not {tuple(value)}")
+    return (value[0], value[1])
+
+
+def _tile_frames(tile_grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Offset (T, 1, 2) and scale (2,) of x and y: canvas coordinate = (tile coordinate + offset) / scale."""
+    rows, cols = tile_grid
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    offset = torch.stack([2 * col + 1 - cols, 2 * row + 1 - rows], dim=-1).reshape(-1, 1, 2)
+    return offset.to(device, torch.float32), torch.tensor([cols, rows], dtype=torch.float32, device=device)

@@ -1,0 +1,514 @@
+"""GPSTokens: layout, values, selection, tiles, and the file format."""
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import golden
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from gpstoken_diffusers.tokens import CENTER, RHO, SIGMA, GPSTokens, write_atomically
+
+
+def make_tokens(batch=2, count=12, channels=3, dtype=torch.float32, **fields) -> GPSTokens:
+    generator = torch.Generator().manual_seed(batch * 1000 + count)
+    uniform = torch.rand(batch, count, 5, generator=generator)
+    geometry = uniform * 1.8 - 0.9
+    geometry[..., SIGMA] = 0.01 + 0.5 * uniform[..., SIGMA]
+    texture = torch.randn(batch, count, channels, generator=generator).to(dtype)
+    return GPSTokens(geometry, texture, **({"image_size": (48, 64)} | fields))
+
+
+def assert_same(a: GPSTokens, b: GPSTokens) -> None:
+    assert torch.equal(a.geometry, b.geometry)
+    assert torch.equal(a.texture, b.texture) and a.texture.dtype == b.texture.dtype
+    assert (a.image_size, a.tile_grid, a.canvas_size) == (b.image_size, b.tile_grid, b.canvas_size)
+
+
+# Layout and values
+
+
+def test_sizes():
+    tokens = make_tokens(
+        2, 12, 7, torch.bfloat16, image_size=(50, 60), tile_grid=(2, 3), canvas_size=(64, 96)
+    )
+    assert (tokens.batch_size, tokens.num_tokens, tokens.texture_channels, tokens.tokens_per_tile) == (
+        2,
+        12,
+        7,
+        2,
+    )
+    assert tokens.dtype == torch.bfloat16 and tokens.device == torch.device("cpu") and len(tokens) == 2
+    assert tokens.num_floats == 12 * 12
+    assert tokens.num_bytes == 12 * (5 * 4 + 7 * 2)
+    assert repr(tokens) == (
+        "GPSTokens(2 images of 50 x 60 px, 12 tokens in 2 x 3 tiles, 7 texture channels in bfloat16, on cpu; "
+        "144 floats = 408 bytes per image)"
+    )
+
+
+def test_canvas_defaults_to_the_image():
+    assert make_tokens(image_size=(31, 17)).canvas_size == (31, 17)
+
+
+def test_sizes_may_be_lists():
+    tokens = make_tokens(image_size=[8, 9], tile_grid=[1, 1], canvas_size=[8, 10])
+    assert (tokens.image_size, tokens.tile_grid, tokens.canvas_size) == ((8, 9), (1, 1), (8, 10))
+
+
+GEOMETRY, TEXTURE = torch.full((1, 6, 5), 0.5), torch.zeros(1, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"geometry": GEOMETRY[0]}, ValueError, r"geometry must have the shape \(B, N, 5\), not \(6, 5\)"),
+        ({"geometry": torch.zeros(1, 6, 4)}, ValueError, r"\(B, N, 5\), not \(1, 6, 4\)"),
+        ({"texture": torch.zeros(1, 6, 0)}, ValueError, r"C >= 1, not \(1, 6, 0\)"),
+        ({"texture": torch.zeros(1, 7, 2)}, ValueError, r"\(1, 6, 5\) and \(1, 7, 2\)"),
+        ({"texture": torch.zeros(2, 6, 2)}, ValueError, "batch size"),
+        ({"texture": TEXTURE.to("meta")}, ValueError, "geometry is on cpu but texture is on meta"),
+        ({"geometry": GEOMETRY.double()}, TypeError, r"float32, not torch.float64: pass geometry.float\(\)"),
+        ({"texture": TEXTURE.int()}, TypeError, "not torch.int32"),
+        ({"texture": TEXTURE.numpy()}, TypeError, "texture must be a torch.Tensor, not ndarray"),
+        ({"tile_grid": (2, 2)}, ValueError, "6 tokens do not divide evenly into 2 x 2 tiles"),
+        ({"canvas_size": (8, 7)}, ValueError, r"canvas_size \(8, 7\) is smaller than image_size \(8, 8\)"),
+        ({"tile_grid": (1, 3)}, ValueError, r"canvas_size \(8, 8\) is not 1 x 3 tiles of whole pixels"),
+        ({"image_size": (8, 0)}, ValueError, "image_size must be at least 1"),
+        ({"image_size": (8, 8.0)}, TypeError, "image_size must be two ints"),
+        ({"image_size": 8}, TypeError, "image_size must be two ints"),
+        ({"tile_grid": (1, 1, 1)}, TypeError, "tile_grid must be two ints"),
+    ],
+)
+def test_layout_is_checked_at_once(fields, error, message):
+    with pytest.raises(error, match=message):
+        GPSTokens(**({"geometry": GEOMETRY, "texture": TEXTURE, "image_size": (8, 8)} | fields))
+
+
+@pytest.mark.parametrize(
+    ("channel", "value", "message"),
+    [
+        (0, 0.0, "sigma_x and sigma_y must be greater than 0, but token 4 of image 1"),
+        (1, -0.25, r"\(0.5, -0.25, 0.5, 0.5, 0.5\)"),
+        (2, 1.0, "rho must lie strictly between -1 and 1, but token 4 of image 1"),
+        (2, -1.5, "rho must lie strictly"),
+        (0, float("nan"), r"the geometry must be finite.*\(nan, 0.5"),
+        (3, float("inf"), "the geometry must be finite"),
+        (6, float("nan"), "the texture must be finite, but token 4 of image 1 .* texture channel 1 is nan"),
+        (5, float("-inf"), "texture channel 0 is -inf"),
+    ],
+)
+def test_validate_names_the_first_bad_token(channel, value, message):
+    values = torch.full((3, 6, 7), 0.5)
+    values[1, 4, channel] = value
+    values[2, 1, channel] = value
+    with pytest.raises(ValueError, match=message):
+        GPSTokens.from_tensor(values, (8, 8)).validate()
+
+
+@pytest.mark.parametrize(("batch", "count"), [(0, 6), (2, 0)])
+def test_validate_refuses_empty_tokens(batch, count):
+    with pytest.raises(ValueError, match=f"tokens are empty: {batch} images of {count} tokens"):
+        make_tokens(batch, count).validate()
+
+
+def test_validate_accepts_the_extremes():
+    geometry = torch.tensor([[[1e-6, 3.0, 0.999999, -2.0, 2.0]]])
+    tokens = GPSTokens(geometry, torch.full((1, 1, 1), 65504.0).half(), (1, 1))
+    assert tokens.validate() is tokens
+
+
+# Moving and selecting
+
+
+def test_casting_leaves_the_geometry_in_float32():
+    tokens = make_tokens()
+    for cast in (
+        tokens.to(torch.bfloat16),
+        tokens.to(dtype=torch.bfloat16),
+        tokens.to("cpu", torch.bfloat16),
+    ):
+        assert cast.dtype == torch.bfloat16
+        assert torch.equal(cast.geometry, tokens.geometry) and cast.geometry.dtype == torch.float32
+    assert tokens.dtype == torch.float32
+    assert tokens.to("meta").device.type == "meta"
+
+
+def test_clone_and_detach():
+    tokens = make_tokens()
+    tokens.geometry.requires_grad_()
+    copy = tokens.clone()
+    copy.texture.zero_()
+    assert tokens.texture.any() and copy.geometry.requires_grad
+    assert not tokens.detach().geometry.requires_grad
+    assert tokens.detach().geometry.data_ptr() == tokens.geometry.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("index", "chosen"),
+    [
+        (0, [0]),
+        (-1, [3]),
+        (-4, [0]),
+        (slice(1, 3), [1, 2]),
+        (slice(None, None, 2), [0, 2]),
+        ([3, 0, 3], [3, 0, 3]),
+        ([], []),
+        ([True, False, False, True], [0, 3]),
+        (torch.tensor([False, True, False, False]), [1]),
+        (torch.tensor([2]), [2]),
+    ],
+)
+def test_choosing_images(index, chosen):
+    tokens = make_tokens(4, tile_grid=(2, 2), canvas_size=(64, 64))
+    part = tokens[index]
+    assert torch.equal(part.geometry, tokens.geometry[chosen])
+    assert torch.equal(part.texture, tokens.texture[chosen])
+    assert (part.tile_grid, part.canvas_size) == ((2, 2), (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("index", "error"),
+    [
+        (4, IndexError),
+        (-5, IndexError),
+        ([4], IndexError),
+        ([True, False], IndexError),
+        ("0", TypeError),
+        (True, TypeError),
+        ([0.5], TypeError),
+        (None, TypeError),
+    ],
+)
+def test_choosing_what_is_not_there(index, error):
+    with pytest.raises(error):
+        make_tokens(4)[index]
+
+
+def test_iteration_and_concatenation_undo_each_other():
+    tokens = make_tokens(3, dtype=torch.float16, tile_grid=(2, 2), canvas_size=(64, 64))
+    parts = list(tokens)
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert_same(GPSTokens.concatenate(parts), tokens)
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (make_tokens(count=10), "num_tokens: 12 and 10"),
+        (make_tokens(channels=4), "texture_channels: 3 and 4"),
+        (make_tokens(image_size=(48, 63)), "image_size"),
+        (make_tokens(canvas_size=(48, 80)), "canvas_size"),
+        (make_tokens(tile_grid=(2, 2)), "tile_grid"),
+        (make_tokens(dtype=torch.float16), "dtype"),
+    ],
+)
+def test_concatenation_of_what_differs(other, name):
+    with pytest.raises(ValueError, match=f"parts 0 and 1 differ in {name}"):
+        GPSTokens.concatenate([make_tokens(), other])
+
+
+def test_concatenation_of_nothing():
+    with pytest.raises(ValueError, match="empty"):
+        GPSTokens.concatenate([])
+
+
+# One tensor, and tiles
+
+
+def test_one_tensor_and_back():
+    tokens = make_tokens(tile_grid=(2, 2), canvas_size=(64, 64))
+    tensor = tokens.as_tensor()
+    assert torch.equal(tensor[..., 0:2], tokens.geometry[..., SIGMA])
+    assert torch.equal(tensor[..., 2], tokens.geometry[..., RHO])
+    assert torch.equal(tensor[..., 3:5], tokens.geometry[..., CENTER])
+    assert_same(GPSTokens.from_tensor(tensor, (48, 64), (2, 2), (64, 64)), tokens)
+    assert tokens.to(torch.bfloat16).as_tensor().dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 5), (6, 7), (1, 6, 1, 7)])
+def test_one_tensor_of_another_shape(shape):
+    with pytest.raises(ValueError, match="must have the shape"):
+        GPSTokens.from_tensor(torch.ones(shape), (8, 8))
+
+
+def test_merge_equals_the_official_one():
+    data = load_file(golden("ae_small_512.safetensors"))
+    tiles = data["tokens"]
+    merged = GPSTokens.merge_tiles(tiles[..., :5], tiles[..., 5:], (2, 2), (512, 512))
+    # Two roundings in another order: one step of float32 below 1 is 6e-8.
+    torch.testing.assert_close(merged.as_tensor(), data["merged_tokens"], rtol=0, atol=2e-7)
+
+
+def test_merge_by_hand():
+    # Two images of 2 rows x 3 columns; the only token of a tile is a quarter right of and below its middle.
+    geometry = torch.tensor([0.6, 0.4, 0.7, 0.5, 0.5]).expand(12, 1, 5)
+    texture = torch.arange(12.0).reshape(12, 1, 1)
+    merged = GPSTokens.merge_tiles(geometry, texture, (2, 3), (64, 96))
+    # A tile is 2/3 wide and 1 high; its right and lower quarter point is 3/4 along it.
+    xs = [-1 + (column + 0.75) * 2 / 3 for column in range(3)]
+    ys = [-1 + row + 0.75 for row in range(2)]
+    expected = torch.tensor([[0.2, 0.2, 0.7, x, y] for y in ys for x in xs])
+    for image in range(2):
+        torch.testing.assert_close(merged.geometry[image], expected, rtol=0, atol=2e-7)
+        assert merged.texture[image, :, 0].tolist() == [6.0 * image + tile for tile in range(6)]
+    assert (merged.tile_grid, merged.tokens_per_tile, merged.canvas_size) == ((2, 3), 1, (64, 96))
+
+
+@pytest.mark.parametrize("tile_grid", [(1, 1), (2, 2), (1, 3), (5, 2)])
+def test_split_undoes_merge(tile_grid):
+    num_tiles = tile_grid[0] * tile_grid[1]
+    tiles = make_tokens(2 * num_tiles, 7)
+    merged = GPSTokens.merge_tiles(
+        tiles.geometry, tiles.texture, tile_grid, (1, 1), (8 * tile_grid[0], 8 * tile_grid[1])
+    )
+    assert len(merged) == 2 and merged.num_tokens == 7 * num_tiles
+    geometry, texture = merged.split_tiles()
+    # Splitting multiplies the rounding of a coordinate (6e-8) by up to 5 tiles.
+    torch.testing.assert_close(geometry, tiles.geometry, rtol=0, atol=6e-7)
+    assert torch.equal(texture, tiles.texture)
+
+
+def test_a_single_tile_stays_as_it_is():
+    tokens = make_tokens()
+    merged = GPSTokens.merge_tiles(tokens.geometry, tokens.texture, (1, 1), (48, 64))
+    assert_same(merged, tokens)
+
+
+def test_merge_of_a_broken_batch():
+    tokens = make_tokens(6)
+    with pytest.raises(ValueError, match="6 tiles are not whole images of 2 x 2 tiles"):
+        GPSTokens.merge_tiles(tokens.geometry, tokens.texture, (2, 2), (64, 64))
+
+
+def test_gradients_pass_through_merge_and_split():
+    tokens = make_tokens(6)
+    geometry, texture = tokens.geometry.requires_grad_(), tokens.texture.requires_grad_()
+    merged = GPSTokens.merge_tiles(geometry, texture, (3, 2), (96, 64))
+    (merged.as_tensor().sum() + merged.split_tiles()[0].sum()).backward()
+    # Merging divides x by 2 and y by 3 (rho by 1); splitting after it is the identity.
+    expected = torch.tensor([1 / 2, 1 / 3, 1, 1 / 2, 1 / 3]) + 1
+    torch.testing.assert_close(geometry.grad, expected.expand_as(geometry))
+    assert torch.equal(texture.grad, torch.ones_like(texture))
+
+
+def test_tokens_compile_without_a_graph_break():
+    def pass_through(geometry, texture):
+        tokens = GPSTokens.merge_tiles(geometry, texture, (2, 2), (64, 64)).to(torch.bfloat16)
+        return tokens[0], tokens.split_tiles()[0] * tokens.tokens_per_tile
+
+    tiles = make_tokens(8)
+    compiled = torch.compile(pass_through, fullgraph=True, backend="eager")
+    tokens, split = compiled(tiles.geometry, tiles.texture)
+    expected_tokens, expected_split = pass_through(tiles.geometry, tiles.texture)
+    assert_same(tokens, expected_tokens)
+    assert torch.equal(split, expected_split)
+
+
+# Files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_keep_every_bit(tmp_path, dtype):
+    tokens = make_tokens(2, 12, 3, dtype, image_size=(50, 60), tile_grid=(2, 2), canvas_size=(64, 64))
+    path = tmp_path / "a.safetensors"
+    tokens.save(path)
+    assert_same(GPSTokens.load(path), tokens)
+    assert_same(GPSTokens.load(str(path)), tokens)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    # 8 bytes of length, a JSON header padded to 8, and the two tensors: nothing else is stored.
+    header_length = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == 8 + header_length + 2 * tokens.num_bytes
+
+
+def test_saving_views_and_parameters(tmp_path):
+    # One row, so that both slices are contiguous views of one storage.
+    for shape in ((1, 1, 8), (2, 6, 8)):
+        tokens = GPSTokens.from_tensor(torch.full(shape, 0.5, requires_grad=True), (8, 8))
+        tokens.save(tmp_path / "a.safetensors")
+        assert_same(GPSTokens.load(tmp_path / "a.safetensors"), tokens.detach())
+
+
+def test_header_and_metadata(tmp_path):
+    path = tmp_path / "a.safetensors"
+    make_tokens(tile_grid=(2, 2), canvas_size=(64, 64)).save(path, metadata={"model": "gpstoken-mini"})
+    assert GPSTokens.read_metadata(path) == {
+        "format": "gpstoken.tokens",
+        "format_version": "1",
+        "image_size": "[48, 64]",
+        "tile_grid": "[2, 2]",
+        "canvas_size": "[64, 64]",
+        "model": "gpstoken-mini",
+    }
+
+
+def test_metadata_must_be_new_strings(tmp_path):
+    with pytest.raises(ValueError, match="own header: format, tile_grid"):
+        make_tokens().save(tmp_path / "a", metadata={"tile_grid": "", "format": "", "x": ""})
+    with pytest.raises(TypeError, match="strings to strings"):
+        make_tokens().save(tmp_path / "a", metadata={"steps": 3})
+    assert os.listdir(tmp_path) == []
+
+
+def test_impossible_tokens_are_not_saved(tmp_path):
+    tokens = make_tokens()
+    tokens.geometry[0, 3, RHO] = 1
+    with pytest.raises(ValueError, match="token 3 of image 0"):
+        tokens.save(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, failure):
+    path = tmp_path / "a.safetensors"
+    old = make_tokens(1)
+    old.save(path)
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(type(failure)) as caught:
+        make_tokens(2).save(path)
+    monkeypatch.undo()
+    if isinstance(failure, OSError):
+        assert caught.value.errno == 28 and caught.value.filename == str(path)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert_same(GPSTokens.load(path), old)
+
+
+def test_saving_where_one_cannot(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cannot write the file") as caught:
+        make_tokens().save(tmp_path / "missing" / "a.safetensors")
+    assert caught.value.filename == str(tmp_path / "missing" / "a.safetensors")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        make_tokens().save(tmp_path / "file" / "a.safetensors")
+
+
+def test_a_new_file_is_as_readable_as_any(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "atomic", b"data")
+    assert (tmp_path / "atomic").read_bytes() == b"data"
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_loading_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
+        GPSTokens.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(IsADirectoryError):
+        GPSTokens.load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 8, 9, 100, -5000, -1])
+def test_truncated_files(tmp_path, kept):
+    path = tmp_path / "a.safetensors"
+    make_tokens(2, 100, 32).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    message = "not a safetensors file" if kept in (1, 7, 8) else "truncated or damaged safetensors file"
+    with pytest.raises(ValueError, match=f"a.safetensors: (a )?{message}.*encode the image again"):
+        GPSTokens.load(path)
+
+
+class Bomb:
+    """Unpickling this creates a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _torch_saved(value: object, zipped: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda _: b"", "the file is empty"),
+        (lambda _: b"geometry: 1 2 3, texture: 4 5 6", "not a safetensors file"),
+        (lambda _: b"\0" * 64, "not a safetensors file"),
+        (lambda _: _png(), "not a safetensors file"),
+        (lambda target: pickle.dumps(Bomb(target), protocol=2), "a Python pickle"),
+        (lambda target: pickle.dumps(Bomb(target)), "a Python pickle"),
+        (lambda target: _torch_saved(Bomb(target), zipped=True), "a Python pickle"),
+        (lambda target: _torch_saved(Bomb(target), zipped=False), "a Python pickle"),
+    ],
+    ids=["empty", "text", "zeros", "png", "pickle2", "pickle", "torch", "torch-legacy"],
+)
+def test_files_of_another_kind(tmp_path, content, message):
+    target = tmp_path / "executed"
+    (tmp_path / "a.safetensors").write_bytes(content(target))
+    for read in (GPSTokens.load, GPSTokens.read_metadata):
+        with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
+            read(tmp_path / "a.safetensors")
+    assert not target.exists()
+
+
+def write_file(path: Path, tensors: dict[str, torch.Tensor], **header: str | None) -> None:
+    sizes = {name: json.dumps(size) for name, size in (("image_size", (8, 8)), ("tile_grid", (1, 1)))}
+    whole = {"format": "gpstoken.tokens", "format_version": "1", "canvas_size": "[8, 8]"} | sizes | header
+    save_file(tensors, path, metadata={name: text for name, text in whole.items() if text is not None})
+
+
+GOOD = {"geometry": GEOMETRY, "texture": TEXTURE}
+
+
+def test_the_hand_written_file_is_good(tmp_path):
+    write_file(tmp_path / "a", GOOD)
+    assert_same(GPSTokens.load(tmp_path / "a"), GPSTokens(GEOMETRY, TEXTURE, (8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
+        (GOOD, {"format": None}, r"not of tokens: it holds 2 tensors \(geometry, texture\)"),
+        (
+            {f"block.{i}": TEXTURE + i for i in range(5)},
+            {"format": "pt"},
+            r"5 tensors \(block.0, block.1, .*, \.\.\.\)",
+        ),
+        (GOOD, {"format_version": "2"}, "format version 2, but this program reads up to 1. Upgrade it"),
+        (GOOD, {"format_version": "latest"}, "their format version reads 'latest'"),
+        (GOOD, {"format_version": None}, "damaged"),
+        ({"geometry": GEOMETRY}, {}, "the tokens lack 'texture'"),
+        (GOOD, {"image_size": None}, "the tokens lack 'image_size'"),
+        (GOOD, {"image_size": "8 by 8"}, "damaged"),
+        (GOOD, {"image_size": '"ab"'}, "image_size must be two ints"),
+        (GOOD, {"image_size": "[8, -8]"}, "image_size must be at least 1"),
+        (GOOD, {"tile_grid": "[4, 1]"}, "6 tokens do not divide evenly"),
+        (GOOD | {"geometry": GEOMETRY.double()}, {}, "float32, not torch.float64"),
+        (GOOD | {"geometry": GEOMETRY[0]}, {}, r"\(B, N, 5\), not \(6, 5\)"),
+        (GOOD | {"texture": TEXTURE.int()}, {}, "not torch.int32"),
+        (GOOD | {"texture": TEXTURE / 0}, {}, "the texture must be finite"),
+        (GOOD | {"geometry": GEOMETRY * 2}, {}, "rho must lie strictly"),
+        (GOOD | {"geometry": GEOMETRY * 0}, {}, "sigma_x and sigma_y must be greater than 0"),
+        ({"geometry": GEOMETRY[:0], "texture": TEXTURE[:0]}, {}, "tokens are empty"),
+    ],
+)
+def test_damaged_and_foreign_safetensors(tmp_path, tensors, header, message):
+    path = tmp_path / "a.safetensors"
+    write_file(path, tensors, **header)
+    with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
+        GPSTokens.load(path)
+
+
+def test_a_checkpoint_is_not_tokens():
+    with pytest.raises(ValueError, match="not of tokens: it holds .* tensors"):
+        GPSTokens.load(golden("ae_small_weights.safetensors"))
