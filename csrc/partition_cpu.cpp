@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <queue>
 #include <utility>
 #include <vector>
@@ -30,31 +31,41 @@ namespace {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #define GPSTOKEN_X86_DISPATCH 1
 namespace avx512 {
+#define GPSTOKEN_VECTOR_BYTES 64
 #define GPSTOKEN_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #include "partition_cpu_kernel.h"
 #undef GPSTOKEN_TARGET
+#undef GPSTOKEN_VECTOR_BYTES
 }  // namespace avx512
 namespace avx2 {
+#define GPSTOKEN_VECTOR_BYTES 32
 #define GPSTOKEN_TARGET __attribute__((target("avx2,fma")))
 #include "partition_cpu_kernel.h"
 #undef GPSTOKEN_TARGET
+#undef GPSTOKEN_VECTOR_BYTES
 }  // namespace avx2
 #endif
 namespace baseline {
+#define GPSTOKEN_VECTOR_BYTES 0
 #define GPSTOKEN_TARGET
 #include "partition_cpu_kernel.h"
 #undef GPSTOKEN_TARGET
+#undef GPSTOKEN_VECTOR_BYTES
 }  // namespace baseline
 
-using GradientBins = decltype(&baseline::gradient_bins);
+struct Kernels {
+    decltype(&baseline::gradient_bins) gradient_bins;
+    decltype(&baseline::count_few_bins) count_few_bins;
+};
 
-GradientBins choose_gradient_bins() {
+// The instruction set that the whole library has settled on.
+Kernels choose_kernels() {
 #if defined(GPSTOKEN_X86_DISPATCH)
     const char* isa = gpstoken_cpu_isa();
-    if (!std::strcmp(isa, "avx512")) return avx512::gradient_bins;
-    if (!std::strcmp(isa, "avx2")) return avx2::gradient_bins;
+    if (!std::strcmp(isa, "avx512")) return {avx512::gradient_bins, avx512::count_few_bins};
+    if (!std::strcmp(isa, "avx2")) return {avx2::gradient_bins, avx2::count_few_bins};
 #endif
-    return baseline::gradient_bins;
+    return {baseline::gradient_bins, baseline::count_few_bins};
 }
 
 // ---- one region ----
@@ -63,20 +74,20 @@ GradientBins choose_gradient_bins() {
 class GradientEntropy {
   public:
     explicit GradientEntropy(int64_t stride)
-        : stride_(stride), gradient_bins_(choose_gradient_bins()), scratch_(new Scratch) {}
+        : stride_(stride), kernels_(choose_kernels()), scratch_(new Scratch) {}
 
     double operator()(const float* image, const Box& box) {
         const Axis& down = axis(box.y1 - box.y0 + 1);
         const Axis& across = axis(box.x1 - box.x0 + 1);
         const View view{image + box.y0 * stride_ + box.x0, stride_, down, across};
         Scratch& scratch = *scratch_;
-        gradient_bins_(view, scratch);
+        kernels_.gradient_bins(view, scratch);
         uint8_t* const end = scratch.bins + sizeof(scratch.bins);
         for (uint8_t* bin = scratch.bins; (bin = find_doubtful(bin, end)) != nullptr; ++bin) {
             const int64_t at = bin - scratch.bins;
             *bin = exact_bin(view, static_cast<int>(at / kSamples), across.column[at % kSamples]);
         }
-        count(scratch);
+        if (!kernels_.count_few_bins(scratch)) count(scratch);
         return entropy_of_counts(scratch.counts);
     }
 
@@ -101,7 +112,7 @@ class GradientEntropy {
     }
 
     int64_t stride_;
-    GradientBins gradient_bins_;
+    Kernels kernels_;
     std::unique_ptr<Scratch> scratch_;
     std::vector<std::unique_ptr<Axis>> axes_;  // by size, made when first needed
 };

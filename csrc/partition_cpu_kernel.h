@@ -1,6 +1,7 @@
 // The loops over a region's samples. partition_cpu.cpp includes this once per instruction set, inside a namespace, with
-// GPSTOKEN_TARGET the function attribute that switches the instruction set on (may be empty). No include guard,
-// therefore. The loops are plain: compilers turn them into vector code.
+//   GPSTOKEN_TARGET        the function attribute that switches the instruction set on (may be empty)
+//   GPSTOKEN_VECTOR_BYTES  bytes per vector register, 0 for one that is not known to compare many bytes at a time
+// No include guard, therefore. Most loops are plain: compilers turn them into vector code.
 //
 // The resampling and the Sobel filters are linear and separable, so both run along x on the source rows (few for a small
 // region), then along y.
@@ -113,4 +114,51 @@ GPSTOKEN_TARGET void gradient_bins(const View& view, Scratch& scratch) {
         case 4: find_bins<4>(view.down, scratch); break;
         default: find_bins<6>(view.down, scratch);
     }
+}
+
+// scratch.bins -> scratch.counts if they span few bins: then comparing all with each bin is faster than the increments
+// of a table, above all where neighbours are alike. Else false, and nothing is counted.
+GPSTOKEN_TARGET bool count_few_bins(Scratch& scratch) {
+#if GPSTOKEN_VECTOR_BYTES == 0
+    (void)scratch;
+    return false;
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(GPSTOKEN_VECTOR_BYTES)));
+    constexpr int kVectors = kSamples * kSamples / GPSTOKEN_VECTOR_BYTES;
+    static_assert(kVectors < 256, "the counts of one lane must fit a byte");
+    constexpr int kAtOnce = 8, kFew = 48;
+    const Bytes* bins = reinterpret_cast<const Bytes*>(scratch.bins);
+    Bytes lowest = bins[0], highest = bins[0];
+    for (int i = 1; i < kVectors; ++i) {
+        lowest = bins[i] < lowest ? bins[i] : lowest;
+        highest = bins[i] > highest ? bins[i] : highest;
+    }
+    uint8_t lane[GPSTOKEN_VECTOR_BYTES], low = 255, high = 0;
+    std::memcpy(lane, &lowest, sizeof(lane));
+    for (uint8_t value : lane) low = value < low ? value : low;
+    std::memcpy(lane, &highest, sizeof(lane));
+    for (uint8_t value : lane) high = value > high ? value : high;
+    if (high - low >= kFew) return false;
+
+    std::fill(scratch.counts, scratch.counts + kBins, 0);
+    for (int from = low; from <= high; from += kAtOnce) {
+        Bytes bin[kAtOnce], count[kAtOnce];
+        for (int k = 0; k < kAtOnce; ++k) {
+            count[k] = Bytes{};
+            bin[k] = count[k] + static_cast<uint8_t>(from + k);
+        }
+        for (int i = 0; i < kVectors; ++i)
+            for (int k = 0; k < kAtOnce; ++k)
+                // The same thing said as the two instruction sets do it: with a mask register, or with -1 for true.
+                if (GPSTOKEN_VECTOR_BYTES == 64)
+                    count[k] = bins[i] == bin[k] ? count[k] + 1 : count[k];
+                else
+                    count[k] -= reinterpret_cast<Bytes>(bins[i] == bin[k]);
+        for (int k = 0; k < kAtOnce; ++k) {
+            std::memcpy(lane, &count[k], sizeof(lane));
+            scratch.counts[from + k] = std::accumulate(lane, lane + sizeof(lane), 0);
+        }
+    }
+    return true;
+#endif
 }

@@ -3,7 +3,8 @@
 #include <cuda_runtime.h>
 
 #include "gpstoken_native.h"
-#include "splat_kernels.cuh"
+#include "splat_backward.cuh"
+#include "splat_forward.cuh"
 
 namespace {
 

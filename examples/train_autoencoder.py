@@ -27,12 +27,14 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from gpstoken_diffusers import AutoencoderGPSToken
 from gpstoken_diffusers.metrics import psnr
 from gpstoken_diffusers.training.data import PhotographCrops, center_crop, list_images, to_pixel_values
+from gpstoken_diffusers.training.muon import Muon, split_parameters
 
 logger = logging.getLogger("train_autoencoder")
 
@@ -71,7 +73,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="Crops per step and process.")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--max_train_steps", type=int, default=20000)
-    add("--learning_rate", type=float, default=6e-4)
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="muon: weight matrices; the rest by AdamW.")
+    add("--learning_rate", type=float, default=2e-3, help="Of the chosen optimizer.")
+    add("--adam_learning_rate", type=float, default=1e-3, help="Of what Muon does not train.")
     add("--warmup_steps", type=int, default=200)
     add("--final_lr_scale", type=float, default=0.02, help="The cosine ends at this share of the learning rate.")
     add("--l1_weight", type=float, default=1.0)
@@ -105,6 +109,18 @@ def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
     if args.config:
         config.update(json.loads(Path(args.config).read_text(encoding="utf-8")))
     return AutoencoderGPSToken(**{**config, **tile})
+
+
+def build_optimizers(model: AutoencoderGPSToken, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the weight matrices and AdamW for the rest."""
+    adam = {"weight_decay": args.weight_decay, "betas": (0.9, 0.99)}
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=args.learning_rate, **adam)]
+    matrices, others = split_parameters(model)
+    return [
+        Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay),
+        torch.optim.AdamW(others, lr=args.adam_learning_rate, **adam),
+    ]
 
 
 class TokenCountBatches(PhotographCrops):
@@ -185,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,  # a step is a step, however many processes share it
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
@@ -194,14 +211,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.99)
-    )
+    optimizers = build_optimizers(model, args)
     steps = args.max_train_steps
-    dataset = TokenCountBatches(args, steps * args.batch_size * accelerator.num_processes, args.seed)
+    batches = steps * args.gradient_accumulation_steps
+    dataset = TokenCountBatches(args, batches * args.batch_size * accelerator.num_processes, args.seed)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, args))
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    schedulers = [LambdaLR(optimizer, lambda step: learning_rate_scale(step, args)) for optimizer in optimizers]
+    model, loader = accelerator.prepare(model, loader)
+    optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+    schedulers = [accelerator.prepare_scheduler(scheduler) for scheduler in schedulers]
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     if accelerator.is_main_process:
@@ -229,12 +247,13 @@ def main(argv: list[str] | None = None) -> None:
         else:
             accelerator.load_state(str(checkpoint))
             first_step = int(checkpoint.name.split("-")[-1])
-            loader = accelerator.skip_first_batches(loader, first_step)
+            loader = accelerator.skip_first_batches(loader, first_step * args.gradient_accumulation_steps)
 
     started = time.time()
     progress = tqdm(total=steps, initial=first_step, disable=not accelerator.is_main_process, unit="step", mininterval=5)
     average = None
-    for step, batch in enumerate(loader, start=first_step + 1):
+    step = first_step
+    for batch in loader:
         with accelerator.accumulate(model):
             target = batch["pixel_values"]
             with accelerator.autocast():
@@ -245,14 +264,18 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-        if accelerator.sync_gradients:
-            ema.step(model.parameters())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         value = loss.detach().item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"The loss became {value} at step {step}; the last checkpoint is untouched.")
+            raise FloatingPointError(f"The loss became {value} after step {step}; the last checkpoint is untouched.")
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        for scheduler in schedulers:
+            scheduler.step()
+        ema.step(model.parameters())
         average = value if average is None else 0.98 * average + 0.02 * value
         progress.update(1)
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
@@ -265,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             score = validate(plain, validation, output_dir / "validation.png", args)
             ema.restore(plain.parameters())
             row = {"step": step, "loss": average, "psnr": score, "minutes": (time.time() - started) / 60}
-            row["lr"] = scheduler.get_last_lr()[0]
+            row["lr"] = schedulers[0].get_last_lr()[0]
             with (output_dir / "curve.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             logger.info("step %d: loss %.4f, held-out PSNR %.2f dB", step, average, score)

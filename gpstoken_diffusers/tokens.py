@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -353,8 +354,7 @@ class GPSTokens:
             "tile_grid": json.dumps(self.tile_grid),
             "canvas_size": json.dumps(self.canvas_size),
         }
-        # A copy, because both may be views of one tensor, which safetensors refuses.
-        own = self.detach().cpu().clone()
+        own = self.detach().cpu()
         tensors = {"geometry": own.geometry.contiguous(), "texture": own.texture.contiguous()}
         write_atomically(path, safetensors_bytes(tensors, metadata=extra | header))
 
@@ -397,7 +397,8 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:  # Ctrl-C too must leave no temporary file
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             raise OSError(error.errno, f"cannot write the file ({error.strerror})", str(path)) from error
         raise

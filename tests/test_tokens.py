@@ -388,7 +388,7 @@ def test_saving_where_one_cannot(tmp_path):
         make_tokens().save(tmp_path / "missing" / "a.safetensors")
     assert caught.value.filename == str(tmp_path / "missing" / "a.safetensors")
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(NotADirectoryError, match="cannot write the file"):
         make_tokens().save(tmp_path / "file" / "a.safetensors")
 
 

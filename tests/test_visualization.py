@@ -92,8 +92,9 @@ def test_glow_takes_the_colours_of_the_picture():
 
 
 def test_glow_of_a_black_picture_can_be_seen():
-    [picture] = visualize_gaussians(tokens_at((5, 5, 0, 20, 30)), Image.new("RGB", (90, 60)))
-    assert light_of(picture).max() > 100
+    light = light_of(visualize_gaussians(tokens_at((5, 5, 0, 20, 30)), Image.new("RGB", (90, 60)))[0])
+    assert light[30, 20] > 300
+    assert light[30, 25] > 150  # one sigma out, beyond the white core
 
 
 # Ellipses
@@ -146,11 +147,15 @@ def test_ellipses_leave_the_rest_of_the_picture_alone():
 
 
 def test_small_ellipses_are_drawn_over_large_ones():
-    small, large = (4, 4, 0, 30, 30), (12, 4, 0, 30, 30)  # both cross x = 30 at y = 24 and 36
+    small, large, elsewhere = (4, 4, 0, 30, 30), (12, 4, 0, 30, 30), (12, 4, 0, 3000, 30)
     pictures = [
-        visualize_gaussians(tokens_at(*g), style="ellipses")[0] for g in ((small, large), (large, small))
+        np.asarray(visualize_gaussians(tokens_at(*gaussians), style="ellipses")[0])
+        for gaussians in ((small, large), (large, small), (small, elsewhere), (elsewhere, large))
     ]
-    assert np.array_equal(*map(np.asarray, pictures))
+    assert np.array_equal(pictures[0], pictures[1])
+    # Both ellipses pass through (30, 24), one pixel wide.
+    assert np.array_equal(pictures[0][23:26, 30], pictures[2][23:26, 30])
+    assert not np.array_equal(pictures[2][23:26, 30], pictures[3][23:26, 30])
 
 
 # Both
@@ -273,7 +278,7 @@ def test_panel_scales_to_one_height():
 def test_long_text_stays_over_its_picture():
     # So many colours that each picture is a flat block: text may not cover the margins between blocks.
     blocks = [Image.new("RGB", (256, 256), color) for color in ("#ff0000", "#00ff00")]
-    title = "the refined Gaussians of a long title"
+    title = "a title much longer than the picture below it is wide"
     sheet = np.asarray(panel([(title, blocks[0]), (title, blocks[1])], "x" * 60)).astype(int)
     top, left = find(sheet, blocks[0])
     ground = sheet[0, 0]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..image_processor import GPSTokenImageProcessor
 from ..metrics import psnr, ssim
@@ -32,13 +31,11 @@ class Encoded:
     """A picture and its tokens.
 
     Attributes:
-        pixel_values: (1, 3, H, W) float32 in [-1, 1] on the CPU: what the model saw.
-        picture: the same, as an 8-bit RGB picture.
+        picture: what the model saw, as an 8-bit RGB picture.
         initial_tokens: the Gaussians of the partition.
         tokens: the refined ones; both on the CPU.
     """
 
-    pixel_values: Tensor
     picture: Image.Image
     initial_tokens: GPSTokens
     tokens: GPSTokens
@@ -79,7 +76,6 @@ class Codec:
         )
         output = self.model.encode(**features.to(self.model.device))
         return Encoded(
-            pixel_values=features["pixel_values"].cpu(),
             picture=self.processor.postprocess(features["pixel_values"])[0],
             initial_tokens=output.initial_tokens.cpu(),
             tokens=output.tokens.cpu(),
@@ -153,15 +149,14 @@ def processor_for(model: AutoencoderGPSToken, path: Path) -> GPSTokenImageProces
     )
 
 
-def quality(encoded: Encoded, picture: Image.Image) -> dict[str, float | None]:
-    """PSNR in dB (infinite if nothing differs) and SSIM (None below 11 px) of an 8-bit picture."""
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double() / 127.5 - 1
-    original = encoded.pixel_values.double()
+def quality(original: Image.Image, picture: Image.Image) -> dict[str, float | None]:
+    """PSNR in dB (infinite if nothing differs) and SSIM (None below 11 px) between 8-bit RGB pictures."""
+    a, b = (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        for image in (original, picture)
+    )
     small = min(picture.size) < SMALLEST_FOR_SSIM
-    return {
-        "psnr": psnr(original, pixels).item(),
-        "ssim": None if small else ssim(original, pixels).item(),
-    }
+    return {"psnr": psnr(a, b).item(), "ssim": None if small else ssim(a, b).item()}
 
 
 def quality_text(values: Mapping[str, Any]) -> str:

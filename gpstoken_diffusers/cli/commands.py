@@ -26,7 +26,7 @@ def demo(args: argparse.Namespace) -> int:
     codec = load_codec(args)
     encoded = codec.encode(PHOTOGRAPH, args.num_tokens)
     picture = codec.decode(encoded.tokens)
-    values = quality(encoded, picture)
+    values = quality(encoded.picture, picture)
     pictures = {
         "input.png": encoded.picture,
         "gaussians.png": visualize_gaussians(encoded.tokens, encoded.picture, "glow")[0],
@@ -90,7 +90,7 @@ def panel(args: argparse.Namespace) -> int:
     codec = load_codec(args)
     encoded = codec.encode(args.image, args.num_tokens)
     picture = codec.decode(encoded.tokens)
-    summary = _summary(codec, encoded, quality(encoded, picture))
+    summary = _summary(codec, encoded, quality(encoded.picture, picture))
     write_picture(_panel(encoded, picture, summary, args.style), args.output)
     if not args.quiet:
         print(f"{args.output}: {summary}")

@@ -169,7 +169,7 @@ def _one(codec: Codec, source: Path, name: str, args: argparse.Namespace) -> tup
         "height": picture.height,
         "tokens": tokens.num_tokens,
         "floats": tokens.num_floats,
-        **quality(encoded, picture),
+        **quality(encoded.picture, picture),
         "seconds": round(seconds, 4),
     }
     return picture, metrics

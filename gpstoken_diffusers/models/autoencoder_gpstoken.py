@@ -222,7 +222,7 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
 
         refined, texture = [], []
         for chunk in self._chunks(len(tiles), tile_grid):
-            features = self.stem(tiles[chunk].to(self.dtype))
+            features = self.stem(tiles[chunk].to(self.dtype, memory_format=torch.channels_last))
             outputs = self.refiner(features, geometry[chunk], regions[chunk])
             refined.append(outputs[0])
             texture.append(outputs[1])
@@ -327,11 +327,12 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
             tiles = []
             for chunk in self._chunks(len(geometry), tokens.tile_grid):
                 feature_map = self.render(GPSTokens(geometry[chunk], texture[chunk], size))
-                tiles.append(self.decoder(feature_map.to(self.dtype)))
+                tiles.append(self.decoder(feature_map.to(self.dtype, memory_format=torch.channels_last)))
             return join_tiles(torch.cat(tiles), tokens.tile_grid)
         rows, cols = tokens.tile_grid
         if max(rows, cols) <= MERGED_WINDOW_TILES + 2:
-            return self.decoder(self.render(tokens).to(self.dtype), tokens.tile_grid)
+            feature_map = self.render(tokens).to(self.dtype, memory_format=torch.channels_last)
+            return self.decoder(feature_map, tokens.tile_grid)
         return self._decode_merged_windows(tokens)
 
     def _decode_merged_windows(self, tokens: GPSTokens) -> Tensor:
@@ -356,7 +357,7 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
                     ..., top_halo * map_tile : bottom_halo * map_tile, left_halo * map_tile : right_halo * map_tile
                 ]
                 grid = (bottom_halo - top_halo, right_halo - left_halo)
-                picture = self.decoder(window.to(self.dtype), grid)
+                picture = self.decoder(window.to(self.dtype, memory_format=torch.channels_last), grid)
                 top, left = (row - top_halo) * tile, (col - left_halo) * tile
                 canvas[..., row * tile : bottom * tile, col * tile : right * tile] = picture[
                     ..., top : top + (bottom - row) * tile, left : left + (right - col) * tile

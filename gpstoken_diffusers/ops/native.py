@@ -199,8 +199,7 @@ def _load(kind: str) -> tuple[ctypes.CDLL | None, str]:
                 reason = f"{path} is of another version (interface {found}, needed {ABI_VERSION}): rebuild it"
                 continue
             for function, arguments in _SIGNATURES[kind].items():
-                if hasattr(lib, function):  # DEV: strict once everything is there
-                    getattr(lib, function).argtypes = arguments
+                getattr(lib, function).argtypes = arguments
             text = lib.gpstoken_cpu_isa if kind == "cpu" else lib.gpstoken_cuda_error_string
             text.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:

@@ -1,7 +1,7 @@
 """Adaptive partition of images into regions, and the initial Gaussian of each region.
 
-Detail attracts tokens: the region with the most complex gradients is halved first (see `ops/partition_reference.py`, which
-defines the result exactly). A user can attract tokens too, by an importance map.
+Detail attracts tokens: the region with the most complex gradients is halved first.
+`ops/partition_reference.py` defines the result exactly. A user can attract tokens too, by an importance map.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partiti
 
 SMALLEST_SIDE = 2  # px: the coordinates of a one-pixel axis and the width of its Gaussians would be undefined
 SMALLEST_MIN_REGION_SIZE = 2  # px: with less, regions one pixel wide would appear
+OVERSHOOT = 2.0  # largest grey value that is taken for a picture in [-1, 1], not for one on another scale
 
 
 class Partition(NamedTuple):
@@ -35,14 +36,16 @@ class Partition(NamedTuple):
 
 
 def grayscale(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Luma 0.299 R + 0.587 G + 0.114 B of (B, 3, H, W) images, or the one channel of (B, 1, H, W): (B, H, W) float32.
+    """Grey values of images, (B, H, W) float32, on the scale of the input.
 
-    Values keep their scale. ValueError for another shape.
+    pixel_values: (B, 3, H, W), weighted 0.299 R + 0.587 G + 0.114 B, or (B, 1, H, W), taken as they are.
+    ValueError for another shape.
     """
-    if pixel_values.ndim != 4 or pixel_values.shape[1] not in (1, 3):
-        raise ValueError(f"pixel_values: expected (B, 3, H, W) or (B, 1, H, W), got {tuple(pixel_values.shape)}.")
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim != 4 or shape[1] not in (1, 3):
+        raise ValueError(f"pixel_values: expected (B, 3, H, W) or (B, 1, H, W), got {shape}.")
     channels = pixel_values.float()
-    if pixel_values.shape[1] == 1:
+    if shape[1] == 1:
         return channels[:, 0]
     return 0.299 * channels[:, 0] + 0.587 * channels[:, 1] + 0.114 * channels[:, 2]
 
@@ -50,8 +53,10 @@ def grayscale(pixel_values: torch.Tensor) -> torch.Tensor:
 def initial_gaussians(regions: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Initial Gaussian of each region of a height x width image.
 
-    A sigma is a third of the region's inclusive extent, in units where the image spans 2; rho is 0; the centre is the region's.
-    regions: (..., 4) integers x0, y0, x1, y1 in pixels, the last ones inclusive. Returns (..., 5) float32 on the same device.
+    A sigma is a third of the region's extent (x1 - x0 or y1 - y0), in units where the image spans 2; rho is
+    0; the centre is the region's own.
+    regions: (..., 4) integers x0, y0, x1, y1 in pixels, the last ones inclusive. Returns (..., 5) float32
+    sigma_x, sigma_y, rho, x, y on the same device.
     """
     x0, y0, x1, y1 = regions.cpu().double().unbind(-1)  # float64 on the CPU, since not every device has it
     geometry = torch.stack(
@@ -70,18 +75,17 @@ def initial_gaussians(regions: torch.Tensor, height: int, width: int) -> torch.T
 def max_tokens(height: int, width: int, min_region_size: int = 8) -> int:
     """The largest number of tokens that a height x width image can be divided into.
 
-    A side of n pixels is halved while n - 1 > min_region_size. The number of final regions does not depend on the order of the
-    splits, nor on how a square is cut: cutting it along x or y gives transposed halves, and a region and its
-    transpose have equally many final regions. ValueError for sizes below 2 px.
+    The longer side of a region, of n pixels, is halved while n - 1 > min_region_size. How many regions that
+    gives depends neither on the picture nor on the order: it could do so only where a square is cut along one
+    axis or the other, but the halves of these two cuts are each other's transposes, and the rule treats both
+    axes alike. ValueError for an image side or a min_region_size below 2 px.
     """
     if min(height, width) < SMALLEST_SIDE:
-        raise ValueError(
-            f"image of {height} x {width} px: the smallest image that can be divided into tokens is "
-            f"{SMALLEST_SIDE} x {SMALLEST_SIDE} px."
-        )
+        raise _too_small(height, width)
     if min_region_size < SMALLEST_MIN_REGION_SIZE:
         raise ValueError(
-            f"min_region_size={min_region_size}: expected at least {SMALLEST_MIN_REGION_SIZE} px (the official models use 8)."
+            f"min_region_size={min_region_size}: expected at least {SMALLEST_MIN_REGION_SIZE} px; the official "
+            "models use 8."
         )
     return _count_leaves(min(height, width), max(height, width), min_region_size)
 
@@ -108,25 +112,31 @@ def partition_image(
     """Divides each image into `num_tokens` regions, small ones where there is detail.
 
     Args:
-        image: (H, W) or (B, H, W) grey, or (B, 3, H, W) or (B, 1, H, W); floats in [-1, 1], or uint8 (0..255). Any size
-            from 2 x 2 px, on any device; the work is done on the CPU by `torch.get_num_threads()` threads.
+        image: (H, W) or (B, H, W) grey, or (B, 3, H, W) or (B, 1, H, W); floats in [-1, 1], or uint8
+            (0..255). Any size from 2 x 2 px, on any device; the work is done on the CPU by
+            `torch.get_num_threads()` threads. Where a picture overshoots [-1, 1] a little, as decoded ones
+            do, the excess is cut off.
         num_tokens: from 1 to `max_tokens(H, W, min_region_size)`.
-        min_region_size: px; a region is split only while one of its sides, less 1, exceeds it. At least 2.
-        entropy_exponent: complexity of a region = entropy of its gradients ** entropy_exponent * area. Smaller values
-            divide more evenly. At least 0.
-        importance: (H, W) for all images or (B, H, W); boolean, or floats in [0, 1]: where tokens are wanted.
-        importance_strength: at least 0. Each pixel adds strength * importance * (the image's complexity per pixel) to
-            its region, so at 1 a pixel of importance 1 counts what an average pixel counts, on top of its own detail.
-        complexity_bias: (H, W) or (B, H, W), any finite values: a bonus in units of complexity, added up over a region
-            (the official code's `cdbias`).
+        min_region_size: px; a region is split while its longer side, less 1, exceeds this. At least 2.
+        entropy_exponent: the complexity of a region is (entropy of its gradients) ** entropy_exponent * area.
+            Smaller values divide more evenly. At least 0.
+        importance: (H, W) for all images, or (B, H, W); boolean, or floats in [0, 1]: where tokens are
+            wanted.
+        importance_strength: at least 0. Each pixel adds strength * importance * (the image's own complexity
+            per pixel) to its region. So at 1 a pixel of importance 1 brings as much as an average pixel does,
+            on top of its own detail, whatever the contrast of the image.
+        complexity_bias: (H, W) or (B, H, W), any finite values: a bonus per pixel in units of complexity,
+            added up over a region (the official code's `cdbias`).
 
     Returns:
-        Partition of B images (B = 1 for a single one), on the image's device. The order of tokens is that of the list
-        of regions when the last split is done: by falling complexity, then the last two halves.
+        Partition of B images (B = 1 for a single one), on the image's device. The order of tokens is that of
+        the list of regions when the last split is done: by falling complexity, then the last two halves.
 
     Raises:
         ValueError: sizes, ranges or numbers outside the above, NaN or infinite values.
-        TypeError: image or map of another type.
+        TypeError: an image or map of another type.
+
+    Under `torch.compile` it runs outside the graph.
     """
     grey, device = _grey_batch(image)
     batch, height, width = grey.shape
@@ -134,8 +144,8 @@ def partition_image(
     largest = max_tokens(height, width, min_region_size)
     if not 1 <= num_tokens <= largest:
         raise ValueError(
-            f"num_tokens={num_tokens}: an image of {height} x {width} px with min_region_size={min_region_size} gives 1 to "
-            f"{largest} tokens. The largest number is {largest}."
+            f"num_tokens={num_tokens}: an image of {height} x {width} px can be divided into 1 to {largest} "
+            f"tokens with min_region_size={min_region_size}."
         )
     for name, value in (("entropy_exponent", entropy_exponent), ("importance_strength", importance_strength)):
         if not (math.isfinite(value) and value >= 0):
@@ -148,10 +158,10 @@ def partition_image(
         drawn = _map_batch("importance", importance, grey.shape)
         if drawn.min() < 0 or drawn.max() > 1:
             raise ValueError(
-                f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}; divide the map by its "
-                "maximum, and set how much it counts by importance_strength."
+                f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}. Scale the "
+                "map, and set how much it counts by importance_strength."
             )
-        drawn = drawn * _complexity_per_pixel(grey, entropy_exponent) * np.float64(importance_strength)
+        drawn = drawn * _complexity_per_pixel(grey, entropy_exponent) * importance_strength
         bias = drawn if bias is None else bias + drawn
     if bias is not None:
         bias = np.ascontiguousarray(np.broadcast_to(bias, grey.shape), dtype=np.float32)
@@ -164,60 +174,70 @@ def partition_image(
 def _regions(
     grey: np.ndarray, num_tokens: int, min_region_size: int, entropy_exponent: float, bias: np.ndarray | None
 ) -> np.ndarray:
+    """(B, num_tokens, 4) int32 regions of (B, H, W) float32 grey values, natively if the library is there."""
     if native.library("cpu") is None:
         native.announce_fallback("partition_image", "cpu")
         return partition_image_reference(grey, num_tokens, min_region_size, entropy_exponent, bias)
     regions = np.empty((len(grey), num_tokens, 4), dtype=np.int32)
-    native.call(
-        "cpu", "gpstoken_partition_cpu", grey.ctypes.data, None if bias is None else bias.ctypes.data, regions.ctypes.data,
-        *grey.shape, num_tokens, min_region_size, entropy_exponent, torch.get_num_threads(),
-    )  # fmt: skip
+    bias_address = None if bias is None else bias.ctypes.data
+    settings = (num_tokens, min_region_size, entropy_exponent, torch.get_num_threads())
+    addresses = (grey.ctypes.data, bias_address, regions.ctypes.data)
+    native.call("cpu", "gpstoken_partition_cpu", *addresses, *grey.shape, *settings)
     return regions
 
 
 def _grey_batch(image: torch.Tensor | np.ndarray) -> tuple[np.ndarray, torch.device]:
-    """(B, H, W) float32 grey values on the CPU, in [-1, 1], and the device that the image was on."""
-    if isinstance(image, np.ndarray):
-        image = torch.tensor(np.ascontiguousarray(image))
-    if not isinstance(image, torch.Tensor):
-        raise TypeError(f"image: expected a torch tensor or a NumPy array, got {type(image).__name__}.")
+    """(B, H, W) float32 grey values in [-1, 1] on the CPU, and the device that the image was on."""
+    image = _as_tensor("image", image)
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"image: expected floats in [-1, 1] or uint8, got {image.dtype}.")
     shape = tuple(image.shape)
-    if image.ndim not in (2, 3, 4) or (image.ndim == 4 and image.shape[1] not in (1, 3)):
+    if image.ndim not in (2, 3, 4) or (image.ndim == 4 and shape[1] not in (1, 3)):
         raise ValueError(f"image: expected (H, W), (B, H, W), (B, 1, H, W) or (B, 3, H, W), got {shape}.")
     device = image.device
-    image = image.detach()
+    if min(shape[-2:]) < SMALLEST_SIDE:
+        raise _too_small(*shape[-2:])
     if image.dtype == torch.uint8:
-        image = (image.cpu().double() / 127.5 - 1).float()  # rounded once, as the definition asks
-    grey = grayscale(image) if image.ndim == 4 else image.reshape(-1, *image.shape[-2:])
+        image = (image.cpu().double() / 127.5 - 1).float()  # rounded to float32 once, as in the training data
+    grey = grayscale(image) if image.ndim == 4 else image.reshape(-1, *shape[-2:])
     grey = grey.to("cpu", torch.float32).contiguous().numpy()
-    if min(grey.shape[1:]) < SMALLEST_SIDE:
-        max_tokens(*grey.shape[1:])  # raises, naming the smallest size
-    if grey.size:
-        low, high = float(grey.min()), float(grey.max())  # NaN spreads through both
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("image: it contains NaN or infinite values.")
-        if max(-low, high) > 2:
-            raise ValueError(f"image: expected values in [-1, 1], got {low:.4g} to {high:.4g}.")
-        if max(-low, high) > 1:
-            grey = grey.clip(-1, 1)  # a decoded picture that overshoots a little
-    return grey, device
+    if grey.size == 0:
+        return grey, device
+    low, high = float(grey.min()), float(grey.max())  # a NaN anywhere becomes both
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("image: it contains NaN or infinite values.")
+    if max(-low, high) > OVERSHOOT:
+        raise ValueError(f"image: expected values in [-1, 1], got {low:.4g} to {high:.4g}.")
+    return (grey if max(-low, high) <= 1 else grey.clip(-1, 1)), device
 
 
 def _map_batch(name: str, values: torch.Tensor | np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """A finite float64 map that broadcasts to (B, H, W)."""
-    values = values.detach().cpu() if isinstance(values, torch.Tensor) else torch.tensor(np.ascontiguousarray(values))
+    """A finite float64 map, (B, H, W) or (1, H, W), for images of a given shape (B, H, W)."""
+    values = _as_tensor(name, values)
     if values.dtype != torch.bool and not values.is_floating_point():
         raise TypeError(f"{name}: expected floats or booleans, got {values.dtype}.")
-    if tuple(values.shape) not in (shape[1:], (1, *shape[1:]), tuple(shape)):
-        raise ValueError(
-            f"{name}: expected the image's size, {tuple(shape[1:])} or {tuple(shape)}, got {tuple(values.shape)}."
-        )
-    values = values.double().numpy().reshape(-1, *shape[1:])
-    if not np.isfinite(values).all():
+    given = tuple(values.shape)
+    if given not in (shape[1:], (1, *shape[1:]), shape):
+        raise ValueError(f"{name}: expected the image's size, {shape[1:]} or {shape}, got {given}.")
+    array = values.cpu().double().numpy().reshape(-1, *shape[1:])
+    if not np.isfinite(array).all():
         raise ValueError(f"{name}: it contains NaN or infinite values.")
-    return values
+    return array
+
+
+def _as_tensor(name: str, values: torch.Tensor | np.ndarray) -> torch.Tensor:
+    if isinstance(values, np.ndarray):
+        return torch.tensor(np.ascontiguousarray(values))
+    if not isinstance(values, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch tensor or a NumPy array, got {type(values).__name__}.")
+    return values.detach()
+
+
+def _too_small(height: int, width: int) -> ValueError:
+    return ValueError(
+        f"image of {height} x {width} px: the smallest that can be divided into tokens is "
+        f"{SMALLEST_SIDE} x {SMALLEST_SIDE} px."
+    )
 
 
 def _complexity_per_pixel(grey: np.ndarray, entropy_exponent: float) -> np.ndarray:

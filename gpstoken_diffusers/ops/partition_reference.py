@@ -1,8 +1,9 @@
-"""The definition of the adaptive partition, in NumPy: slow, plain, and what the native library is tested against.
+"""The definition of the adaptive partition, in NumPy: plain and slow; the native library is tested against
+it.
 
-An image starts as one region. As long as there are fewer regions than tokens wanted, the most complex region that can still be
-split is cut in half; its two halves join the end of the list. Every final region becomes one token, in list order (GPSToken,
-section 3.2: entropy-driven partition).
+An image starts as one region. As long as there are fewer regions than tokens wanted, the most complex region
+that can still be split is cut in half; its two halves join the end of the list. Every final region becomes
+one token, in list order (the entropy-driven partition of the GPSToken paper).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ MAGNITUDE_RANGE = 5.5
 
 
 def _resampling_taps(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where `SAMPLES` bilinear samples of an axis of `size` pixels lie: lower pixel, upper pixel, weight of the upper one.
+    """Where the bilinear samples of an axis of `size` pixels lie: lower and upper pixel, weight of the upper.
 
-    Half-pixel centres, clamped at both ends. All positions are exact in float64 and in float32 for any size below 2^17.
+    Half-pixel centres, clamped at both ends; positions are multiples of 1/128, so nothing is rounded.
     """
     position = (np.arange(SAMPLES) + 0.5) * (size / SAMPLES) - 0.5
     position = np.clip(position, 0, size - 1)
@@ -29,10 +30,11 @@ def _resampling_taps(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _blend(lower: np.ndarray, upper: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """lower + (upper - lower) * weight for float32 arrays: the difference rounded to float32, the rest only once.
+    """lower + (upper - lower) * weight of float32 arrays: the difference is rounded, then the whole once.
 
-    This is what a fused multiply-add gives, and what OpenCV's resize gives where it has one. The rounding matters: one gradient that
-    changes its histogram bin can swap two regions of nearly equal complexity.
+    That is what a fused multiply-add gives, and bit for bit what OpenCV's resize returns where it has that
+    instruction. It matters: a gradient that changes its histogram bin can swap two regions of nearly equal
+    complexity.
     """
     step = (upper - lower).astype(np.float64)
     return (lower + step * weight).astype(np.float32)
@@ -49,8 +51,8 @@ def _resample(region: np.ndarray) -> np.ndarray:
 def gradient_entropy(region: np.ndarray) -> float:
     """Entropy in bits of the Sobel gradient magnitudes of a float32 region (h, w) with values in [0, 1].
 
-    The region is resampled to 64 x 64, its gradients taken in float64 with a replicated border, their magnitudes counted in
-    512 bins over [-5.5, 5.5].
+    The region is resampled to 64 x 64, its gradients are taken in float64 with a replicated border, their
+    magnitudes counted in 512 bins over [-5.5, 5.5].
     """
     padded = np.pad(_resample(region).astype(np.float64), 1, mode="edge")
     difference = padded[:, 2:] - padded[:, :-2]
@@ -71,7 +73,11 @@ def summed_area_table(bias: np.ndarray) -> np.ndarray:
     return table
 
 
-def _complexity(unit: np.ndarray, box: tuple[int, int, int, int], exponent: float, table: np.ndarray | None) -> float:
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
+
+
+def _complexity(unit: np.ndarray, box: Box, exponent: float, table: np.ndarray | None) -> float:
+    """Complexity of a region of `unit`, grey values in [0, 1]; `table`: the summed-area table of the bias."""
     x0, y0, x1, y1 = box[0], box[1], box[2] + 1, box[3] + 1
     complexity = gradient_entropy(unit[y0:y1, x0:x1]) ** exponent * (y1 - y0) * (x1 - x0)
     if table is not None:
@@ -82,10 +88,11 @@ def _complexity(unit: np.ndarray, box: tuple[int, int, int, int], exponent: floa
 def region_complexity(
     grey: np.ndarray, regions: np.ndarray, entropy_exponent: float = 2.5, bias: np.ndarray | None = None
 ) -> np.ndarray:
-    """Complexity of regions of one image: entropy ** entropy_exponent * height * width (+ the sum of `bias` inside).
+    """Complexity of regions of one image: entropy ** entropy_exponent * height * width, plus the bias inside.
 
-    grey: (H, W) float32 in [-1, 1]. regions: (K, 4) integers x0, y0, x1, y1 in pixels, the last ones inclusive.
-    bias: (H, W) or None. Returns (K,) float64.
+    grey: (H, W) float32 in [-1, 1]. regions: (K, 4) integers x0, y0, x1, y1 in pixels, the last ones
+    inclusive.
+    bias: (H, W), added up over a region, or None. Returns (K,) float64.
     """
     unit = (np.asarray(grey, dtype=np.float32) + np.float32(1)) / np.float32(2)
     table = None if bias is None else summed_area_table(np.asarray(bias))
@@ -93,7 +100,7 @@ def region_complexity(
     return np.array([_complexity(unit, tuple(box), entropy_exponent, table) for box in boxes])
 
 
-def _halves(box: tuple[int, int, int, int], along_x: bool) -> tuple[tuple[int, int, int, int], ...]:
+def _halves(box: Box, along_x: bool) -> tuple[Box, Box]:
     """The first and second half of a region; of an odd length the first half is the shorter one."""
     x0, y0, x1, y1 = box
     if along_x:
@@ -105,20 +112,21 @@ def _halves(box: tuple[int, int, int, int], along_x: bool) -> tuple[tuple[int, i
 
 def _partition(
     grey: np.ndarray, num_tokens: int, min_region_size: int, exponent: float, bias: np.ndarray | None
-) -> list[tuple[int, int, int, int]]:
+) -> list[Box]:
     height, width = grey.shape
     unit = (grey + np.float32(1)) / np.float32(2)
     table = None if bias is None else summed_area_table(bias)
 
-    def measured(boxes):
+    def splittable(box: Box) -> bool:
+        return max(box[2] - box[0], box[3] - box[1]) > min_region_size
+
+    def measured(boxes: tuple[Box, ...]) -> list[tuple[float, Box]]:
         return [(_complexity(unit, box, exponent, table), box) for box in boxes]
 
-    regions = measured([(0, 0, width - 1, height - 1)])
+    regions = measured(((0, 0, width - 1, height - 1),))
     while len(regions) < num_tokens:
-        regions.sort(key=lambda region: region[0], reverse=True)  # stable also in reverse: ties keep list order
-        chosen = next(
-            i for i, (_, (x0, y0, x1, y1)) in enumerate(regions) if max(x1 - x0, y1 - y0) > min_region_size
-        )
+        regions.sort(key=lambda region: region[0], reverse=True)  # stable: equals keep their order
+        chosen = next(i for i, (_, box) in enumerate(regions) if splittable(box))
         box = regions.pop(chosen)[1]
         extent_x, extent_y = box[2] - box[0], box[3] - box[1]
         if extent_x != extent_y:
@@ -138,8 +146,8 @@ def partition_image_reference(
 ) -> np.ndarray:
     """Regions of a batch of grey images, as `partition_image` finds them; no checks.
 
-    grey: (B, H, W) float32 in [-1, 1]. bias: (B, H, W) float32 or None. `num_tokens` must not exceed `max_tokens`.
-    Returns (B, num_tokens, 4) int32: x0, y0, x1, y1 in pixels, the last ones inclusive.
+    grey: (B, H, W) float32 in [-1, 1]. bias: (B, H, W) float32 or None. num_tokens: at most what `max_tokens`
+    says. Returns (B, num_tokens, 4) int32: x0, y0, x1, y1 in pixels, the last ones inclusive.
     """
     regions = [
         _partition(image, num_tokens, min_region_size, entropy_exponent, None if bias is None else bias[i])

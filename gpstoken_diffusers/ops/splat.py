@@ -67,7 +67,7 @@ def _check(geometry: Tensor, texture: Tensor, height: int, width: int, support: 
         raise ValueError(f"geometry is on {geometry.device} but texture on {texture.device}: move one of them.")
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height} x {width}.")
-    if not (support > 0 and math.isfinite(support)):
+    if not 0 < support < math.inf:
         raise ValueError(f"support must be a positive number of sigmas, got {support}.")
 
 

@@ -1,6 +1,6 @@
 // A stand-in for CUDA's header of the same name: csrc/splat_cuda.cu, compiled as plain C++17, launches its kernels on
 // this machine's processor. One OS thread; every CUDA thread of a block is a fiber that runs until it meets a barrier
-// or a warp operation, the others in turn, in an order that a seed shuffles.
+// or a warp operation; which warp goes on, and in which order its lanes, a seed decides.
 //
 // What it checks that a GPU would not: all threads of a block meet the same __syncthreads, all lanes of a warp the
 // same warp operation (else the launch fails and says where); shared memory starts as NaNs in every block; a result
@@ -159,6 +159,23 @@ inline bool serve_warp(size_t first) {
     return true;
 }
 
+// Runs the lanes of a warp that can go on, in random order; false if none could.
+inline bool step_warp(size_t first, std::mt19937& order_source) {
+    size_t lanes[kWarp];
+    const size_t count = std::min(size_t{kWarp}, machine.fibers.size() - first);
+    std::iota(lanes, lanes + count, first);
+    std::shuffle(lanes, lanes + count, order_source);
+    bool moved = false;
+    for (size_t i = 0; i < count; ++i) {
+        if (machine.fibers[lanes[i]].state != State::kReady) continue;
+        moved = true;
+        machine.current = lanes[i];
+        threadIdx = dim3(static_cast<unsigned>(lanes[i]), 0, 0);
+        enter_fiber(machine.fibers[lanes[i]]);
+    }
+    return serve_warp(first) || moved;
+}
+
 inline bool serve_block() {
     for (const Fiber& fiber : machine.fibers)
         if (fiber.state != State::kAtBlockBarrier || fiber.line != machine.fibers[0].line) return false;
@@ -176,19 +193,18 @@ inline bool run_block(unsigned block, std::mt19937& order_source) {
         fiber.state = State::kReady;
         rewind_fiber(fiber);
     }
-    std::vector<size_t> order(fibers.size());
-    std::iota(order.begin(), order.end(), size_t{0});
+    // A random warp goes as far as a coin and its barriers let it, then another: warps drift apart as on a GPU.
+    std::vector<size_t> warps((fibers.size() + kWarp - 1) / kWarp);
+    std::iota(warps.begin(), warps.end(), size_t{0});
     for (;;) {
-        std::shuffle(order.begin(), order.end(), order_source);
+        std::shuffle(warps.begin(), warps.end(), order_source);
         bool moved = false;
-        for (const size_t thread : order) {
-            if (fibers[thread].state != State::kReady) continue;
-            moved = true;
-            machine.current = thread;
-            threadIdx = dim3(static_cast<unsigned>(thread), 0, 0);
-            enter_fiber(fibers[thread]);
+        for (const size_t warp : warps) {
+            while (step_warp(warp * kWarp, order_source)) {
+                moved = true;
+                if (order_source() % 4 == 0) break;
+            }
         }
-        for (size_t first = 0; first < fibers.size(); first += kWarp) moved |= serve_warp(first);
         moved |= serve_block();
         if (!machine.error.empty()) return false;
         if (moved) continue;

@@ -1,4 +1,4 @@
-"""Compilers for the CUDA sources: a plain one for the host emulation, nvcc for the device. And the C interface."""
+"""Compilers for the CUDA sources, a plain one for the host emulation and nvcc; and the C interface."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def find_nvcc() -> str | None:
 
 
 def compile_emulation(source: str, target: Path, *options: str) -> Path:
-    """Compiles a file of this folder for the host; a library if target ends in .so. RuntimeError with all messages."""
+    """Compiles a file of this folder for the host, a library if target ends in .so; RuntimeError."""
     shape = ["-fPIC", "-shared", "-fvisibility=hidden"] if target.suffix == ".so" else []
     command = [str(find_compiler()), *_EMULATION, *shape, *options, "-o", str(target), str(HERE / source)]
     run(command)
@@ -70,10 +70,16 @@ class SplatLibrary:
         pointers = [tensor.data_ptr() for tensor in tensors]
         code = getattr(self.library, function)(*pointers, *sizes, support, DTYPE_CODES[image.dtype], stream)
         if code != 0:
-            text = self.library.gpstoken_cuda_error_string(code - 1000).decode() if code >= 1000 else "bad argument"
+            text = (
+                self.library.gpstoken_cuda_error_string(code - 1000).decode()
+                if code >= 1000
+                else "bad argument"
+            )
             raise RuntimeError(f"{function} failed with code {code}: {text}")
 
-    def forward(self, geometry: Tensor, texture: Tensor, height: int, width: int, support: float = 3.0) -> Tensor:
+    def forward(
+        self, geometry: Tensor, texture: Tensor, height: int, width: int, support: float = 3.0
+    ) -> Tensor:
         """(B, N, 5) float32, (B, N, C) -> (B, C, height, width), all dense."""
         batch, count, channels = texture.shape
         out = texture.new_full((batch, channels, height, width), float("nan"))

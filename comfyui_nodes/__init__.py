@@ -1,0 +1,1 @@
+"""ComfyUI nodes over GPSToken; installed as `gpstoken_diffusers.comfyui_nodes`."""

@@ -1,0 +1,1 @@
+"""Diffusers pipelines over GPSToken; installed as `gpstoken_diffusers.pipelines`."""

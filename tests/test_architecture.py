@@ -1,0 +1,102 @@
+"""The shape of the package: which part may import which, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Lower layers first; a file imports from its own layer or from lower ones.
+LAYERS = [
+    ("ops", "assets", "tokens", "tiling", "metrics", "convert"),
+    ("image_processor", "visualization"),
+    ("models", "schedulers"),
+    ("training", "pipelines"),
+    ("cli", "comfyui_nodes", "__main__"),
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def package_files() -> list[tuple[str, Path]]:
+    files = []
+    for folder in ("gpstoken_diffusers", "pipelines", "comfyui_nodes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT).with_suffix("")
+            parts = relative.parts[1:] if folder == "gpstoken_diffusers" else relative.parts
+            files.append((".".join(parts), path))
+    return files
+
+
+def imported_parts(name: str, path: Path) -> set[str]:
+    """First parts below gpstoken_diffusers of everything that a file imports from the package."""
+    package = ["gpstoken_diffusers", *name.split(".")]
+    if path.name != "__init__.py":
+        package = package[:-1]
+    elif name.endswith("__init__"):
+        package = package[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            modules = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "gpstoken_diffusers" and len(parts) > 1 and parts[1] in LEVEL:
+                found.add(parts[1])
+    return found
+
+
+@pytest.mark.parametrize("name, path", package_files(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_one_way(name, path):
+    part = name.split(".")[0]
+    if part == "__init__":
+        return  # the lazy front door names every layer
+    assert part in LEVEL, f"{part} has no place in the layers: add it to LAYERS"
+    above = {other for other in imported_parts(name, path) if LEVEL[other] > LEVEL[part]}
+    assert not above, f"{name} imports from higher layers: {sorted(above)}"
+
+
+def test_only_the_native_module_knows_the_libraries():
+    for name, path in package_files():
+        if name != "ops.native":
+            assert "ctypes.CDLL" not in path.read_text(encoding="utf-8"), name
+
+
+def run_fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = run_fresh(
+        "import sys, gpstoken_diffusers\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL') if m in sys.modules])"
+    )
+    assert heavy.strip() == "[]"
+
+
+def test_public_names_are_there():
+    names = run_fresh("import gpstoken_diffusers as g\nprint([getattr(g, n) is not None for n in g.__all__])")
+    assert "False" not in names
+    assert "True" in names
+
+
+def test_a_plain_checkout_finds_its_parts():
+    """ComfyUI clones are used without being installed."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport gpstoken_diffusers.pipelines as p\nprint(p.__file__)"
+    assert run_fresh(code).strip() == str(ROOT / "pipelines" / "__init__.py")
+
+
+def test_no_pickle_is_ever_loaded():
+    for name, path in package_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("pickle", "load"), ("pickle", "loads"), ("torch", "load")}, name

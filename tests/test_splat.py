@@ -1,0 +1,412 @@
+"""`splat_gaussians`: the definition against golden tensors and itself, the native CPU version against the definition."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.splat import splat_gaussians
+from gpstoken_diffusers.ops.splat_reference import (
+    pixel_centers,
+    splat_gaussians_backward_reference,
+    splat_gaussians_reference,
+)
+
+needs_native = pytest.mark.skipif(
+    native.library("cpu") is None, reason=f"no native CPU version: {native.why_missing('cpu')}"
+)
+ImplementationOf = Callable[..., Tensor]
+IMPLEMENTATIONS = [
+    pytest.param(splat_gaussians, id="native", marks=needs_native),
+    pytest.param(splat_gaussians_reference, id="twin"),
+]
+
+# Two float32 evaluations of the same sums in another order: some 20 roundings of 6e-8 each, relative to the largest
+# entry of a tensor.
+FLOAT32 = 2e-6
+# One rounding to the output's type on top: half a unit in the last place, at most doubled where two float32 values
+# straddle a rounding boundary.
+ROUNDING = {torch.float32: FLOAT32, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def make_tokens(batch: int, tokens: int, channels: int, seed: int = 0, sigma: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Random tokens: sigmas around `sigma`, |rho| < 0.95, some centres off the image."""
+    g = torch.Generator().manual_seed(seed)
+    sigmas = sigma * torch.exp(0.7 * torch.randn(batch, tokens, 2, generator=g))
+    rho = 0.95 * (2 * torch.rand(batch, tokens, 1, generator=g) - 1)
+    centers = 2.4 * torch.rand(batch, tokens, 2, generator=g) - 1.2
+    return torch.cat([sigmas, rho, centers], -1), torch.randn(batch, tokens, channels, generator=g)
+
+
+def run(
+    splat: ImplementationOf, geometry: Tensor, texture: Tensor, size: tuple[int, int], support: float = 3.0, seed: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(map, grad_geometry, grad_texture) for a random upstream gradient."""
+    geometry, texture = geometry.detach().requires_grad_(), texture.detach().requires_grad_()
+    out = splat(geometry, texture, *size, support)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, (geometry, texture), upstream)
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest entry of `expected`."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    if expected.numel() == 0:
+        return 0.0
+    difference = (actual.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp_min(1e-30))
+
+
+def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    """Maps, each geometry gradient by itself (their scales differ by orders of magnitude), texture gradients."""
+    names = ["map", "grad sigma_x", "grad sigma_y", "grad rho", "grad x", "grad y", "grad texture"]
+    split = [(a, *b.unbind(-1), c) for a, b, c in (actual, expected)]
+    far = {n: d for n, x, y in zip(names, *split, strict=True) if not (d := distance(x, y)) <= tolerance}
+    assert not far, f"beyond {tolerance}: {far}"
+
+
+# ---- golden tensors ----
+
+
+def golden_cases() -> list[str]:
+    try:
+        entries = json.loads(golden("splat_deviation.json").read_text())
+    except pytest.skip.Exception:
+        return ["reference tensors"]  # the test then skips and says why
+    return [entry["case"] for entry in entries]
+
+
+@pytest.mark.parametrize("splat", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", golden_cases())
+def test_golden(splat: ImplementationOf, case: str) -> None:
+    tensors = load_file(golden("splat.safetensors"))
+    tokens, upstream = tensors[f"{case}.tokens"], tensors[f"{case}.upstream"]
+    geometry, texture = tokens[..., :5].clone().requires_grad_(), tokens[..., 5:].clone().requires_grad_()
+    out = splat(geometry, texture, *upstream.shape[2:], float(case.split("_d")[1]))
+    gradients = torch.autograd.grad(out, (geometry, texture), upstream)
+    expected = tensors[f"{case}.grad_tokens"]
+    # The reference data ask for 1e-6, or 1e-4 (maps) and 5e-4 (gradients) with tokens of rho = +-0.999, where the
+    # expanded exponent cancels. Ours does not cancel; what remains is 1 / sqrt(1 - rho^2) = 22 times the rounding of u.
+    # Gradients are compared column by column, which is stricter than over the whole tensor.
+    tolerance = 1e-5 if (geometry[..., 2].abs() > 0.99).any() else 1e-6
+    assert_close(
+        (out.detach(), *gradients), (tensors[f"{case}.rendered"], expected[..., :5], expected[..., 5:]), tolerance
+    )
+
+
+def test_golden_in_float64() -> None:
+    """The definition itself, without rounding: what is left is the rounding of the stored tensors."""
+    tensors = load_file(golden("splat.safetensors"))
+    case = "case4_n17_c32_64x64_d3"
+    tokens = tensors[f"{case}.tokens"].double()
+    out = splat_gaussians_reference(tokens[..., :5], tokens[..., 5:], 64, 64, 3.0)
+    assert distance(out.float(), tensors[f"{case}.rendered"]) < 6e-8
+
+
+# ---- native against the definition ----
+
+#        batch, tokens, channels, height, width, support, sigma, dtype
+TABLE = {
+    "one of everything": (1, 1, 1, 1, 1, 3.0, 0.5, torch.float32),
+    "one row": (2, 17, 3, 1, 40, 3.0, 0.3, torch.float32),
+    "one column": (2, 17, 3, 33, 1, 3.0, 0.3, torch.float32),
+    "primes": (3, 17, 5, 17, 31, 3.0, 0.2, torch.float32),
+    "wide": (1, 64, 16, 8, 200, 3.0, 0.05, torch.float32),
+    "tall": (1, 64, 16, 200, 8, 3.0, 0.05, torch.float32),
+    "checkpoint S64": (2, 64, 16, 64, 64, 3.0, 0.08, torch.float32),
+    "checkpoint L256": (2, 256, 32, 64, 64, 3.0, 0.04, torch.float32),
+    "support 5": (2, 64, 16, 64, 64, 5.0, 0.08, torch.float32),
+    "support 0.5": (2, 64, 16, 64, 64, 0.5, 0.08, torch.float32),
+    "tokens below a pixel": (1, 500, 8, 64, 64, 3.0, 0.004, torch.float32),
+    "tokens larger than the image": (1, 9, 4, 40, 24, 3.0, 5.0, torch.float32),
+    "33 channels": (1, 17, 33, 20, 20, 3.0, 0.2, torch.float32),
+    "130 channels": (1, 17, 130, 20, 20, 3.0, 0.2, torch.float32),
+    "float16": (2, 64, 16, 33, 47, 3.0, 0.1, torch.float16),
+    "bfloat16": (2, 64, 16, 33, 47, 3.0, 0.1, torch.bfloat16),
+    "many bands and images": (5, 40, 3, 130, 70, 3.0, 0.1, torch.float32),
+    "no tokens": (2, 0, 3, 8, 9, 3.0, 0.1, torch.float32),
+    "no images": (0, 4, 3, 8, 9, 3.0, 0.1, torch.float32),
+    "no channels": (2, 4, 0, 8, 9, 3.0, 0.1, torch.float32),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("case", TABLE.values(), ids=TABLE.keys())
+def test_native_matches_definition(case: tuple) -> None:
+    batch, tokens, channels, height, width, support, sigma, dtype = case
+    geometry, texture = make_tokens(batch, tokens, channels, sigma=sigma)
+    texture = texture.to(dtype)
+    expected = run(splat_gaussians_reference, geometry, texture, (height, width), support)
+    out, grad_geometry, grad_texture = run(splat_gaussians, geometry, texture, (height, width), support)
+    assert out.dtype == grad_texture.dtype == dtype and grad_geometry.dtype == torch.float32
+    assert_close((out, grad_geometry, grad_texture), expected, ROUNDING[dtype] + FLOAT32)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(8, 24),
+    channels=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    log_sigma=st.floats(-4.0, 1.0),
+    support=st.floats(0.3, 6.0),
+    seed=st.integers(0, 2**31),
+)
+def test_native_matches_definition_anywhere(
+    batch: int, tokens: int, channels: int, size: tuple[int, int], log_sigma: float, support: float, seed: int
+) -> None:
+    geometry, texture = make_tokens(batch, tokens, channels, seed, sigma=10.0**log_sigma)
+    expected = run(splat_gaussians_reference, geometry, texture, size, support)
+    # Wider than FLOAT32, because sums can cancel far below the size of their terms. With several tokens some do not.
+    assert_close(run(splat_gaussians, geometry, texture, size, support), expected, 5e-5)
+
+
+@pytest.mark.parametrize("splat", IMPLEMENTATIONS)
+def test_tokens_that_make_no_sense_paint_nothing(splat: ImplementationOf) -> None:
+    good, texture = make_tokens(1, 30, 5, sigma=0.3)
+    good, texture = good.repeat(1, 2, 1), texture.repeat(1, 2, 1)
+    bad = good.clone()
+    nan, inf = float("nan"), float("inf")
+    wrong = [(0, nan), (1, nan), (2, nan), (3, nan), (4, nan), (0, inf), (1, inf), (2, inf), (3, inf), (4, -inf)]
+    wrong += [(0, 0.0), (1, 0.0), (0, -0.1), (1, -0.1), (2, 1.0), (2, -1.0), (2, 1.5), (0, 1e-40), (3, 1e38), (4, -1e38)]
+    for token, (component, value) in enumerate(wrong):
+        bad[0, token, component] = value
+    out, grad_geometry, grad_texture = run(splat, bad, texture, (20, 21))
+    expected = run(splat, good[:, len(wrong) :], texture[:, len(wrong) :], (20, 21))
+    assert not grad_geometry[:, : len(wrong)].any() and not grad_texture[:, : len(wrong)].any()
+    rest = (out, grad_geometry[:, len(wrong) :], grad_texture[:, len(wrong) :])
+    assert_close(rest, expected, FLOAT32)
+
+
+@pytest.mark.parametrize("splat", IMPLEMENTATIONS)
+def test_extreme_tokens_stay_finite(splat: ImplementationOf) -> None:
+    """Saturated but legal geometry: gradients may be large, never NaN."""
+    almost = 1 - 2.0**-24
+    geometry = torch.tensor(
+        [
+            [1e-30, 1e-30, 0.0, 0.0, 0.0],  # exactly on the centre pixel of an odd grid
+            [1e30, 1e30, 0.5, 0.0, 0.0],
+            [0.3, 0.3, almost, 0.1, 0.1],
+            [0.3, 0.3, -almost, 0.1, 0.1],
+            [1e37, 1e37, 0.9, 1e37, -1e37],
+            [1e-6, 0.97, 0.999, 0.0, 3.0],
+        ]
+    )[None]
+    for tensor in run(splat, geometry, torch.ones(1, len(geometry[0]), 3), (33, 33)):
+        assert tensor.isfinite().all()
+    # The first paints one pixel with weight 1.
+    alone = splat(geometry[:, :1], torch.ones(1, 1, 1), 33, 33)
+    assert alone.sum() == 1 and alone[0, 0, 16, 16] == 1
+
+
+@needs_native
+@pytest.mark.parametrize("rho", [0.999, -0.999, 0.99999])
+def test_rho_near_one(rho: float) -> None:
+    geometry, texture = make_tokens(1, 20, 4, sigma=0.3)
+    geometry[..., 2] = rho
+    wide = splat_gaussians_reference(geometry.double(), texture.double(), 30, 30, 100.0).float()
+    # 1 / sqrt(1 - rho^2) is 224 at 0.99999: so many times the rounding of u, and q up to a few.
+    assert distance(splat_gaussians(geometry, texture, 30, 30, 100.0), wide) < 1e-4
+
+
+@needs_native
+def test_non_contiguous_inputs() -> None:
+    tokens = torch.cat(make_tokens(2, 17, 6), -1).transpose(0, 1).contiguous().transpose(0, 1)
+    geometry, texture = tokens[..., :5], tokens[..., 5:]
+    assert not geometry.is_contiguous() and not texture.is_contiguous()
+    geometry.requires_grad_(), texture.requires_grad_()
+    out = splat_gaussians(geometry, texture, 12, 19)
+    upstream = torch.randn(2, 19, 12, 6).transpose(1, 3)
+    actual = torch.autograd.grad(out, (geometry, texture), upstream)
+    expected = splat_gaussians_backward_reference(geometry.detach(), texture.detach(), upstream)
+    assert_close((out.detach(), *actual), (splat_gaussians_reference(geometry, texture, 12, 19).detach(), *expected), FLOAT32)
+
+
+@needs_native
+def test_same_bits_for_any_number_of_threads() -> None:
+    geometry, texture = make_tokens(3, 100, 19)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8, 2):
+            torch.set_num_threads(threads)
+            results.append(run(splat_gaussians, geometry, texture, (70, 50)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+ONE_INSTRUCTION_SET = """
+import torch
+from gpstoken_diffusers.ops import native
+from test_splat import FLOAT32, ROUNDING, assert_close, make_tokens, run
+from gpstoken_diffusers.ops.splat import splat_gaussians
+from gpstoken_diffusers.ops.splat_reference import splat_gaussians_reference
+for channels, dtype in ((1, torch.float32), (16, torch.float32), (37, torch.float16), (130, torch.bfloat16)):
+    geometry, texture = make_tokens(2, 40, channels, sigma=0.2)
+    texture = texture.to(dtype)
+    expected = run(splat_gaussians_reference, geometry, texture, (31, 45))
+    assert_close(run(splat_gaussians, geometry, texture, (31, 45)), expected, ROUNDING[dtype] + FLOAT32)
+print(native.library("cpu").gpstoken_cpu_isa().decode())
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """Each copy of the inner loops, in a process of its own because the choice is made once."""
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "GPSTOKEN_CPU_ISA": isa, "PYTHONPATH": path}
+    result = subprocess.run([sys.executable, "-c", ONE_INSTRUCTION_SET], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    if result.stdout.strip() != isa:
+        pytest.skip(f"this processor has no {isa}; {result.stdout.strip()} was tested in its place")
+
+
+# ---- gradients and torch's machinery ----
+
+
+def test_backward_definition_is_the_gradient_of_the_forward_one() -> None:
+    geometry, texture = (tensor.double() for tensor in make_tokens(2, 17, 3))
+    out, *expected = run(splat_gaussians_reference, geometry, texture, (13, 18), seed=5)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).double()
+    actual = splat_gaussians_backward_reference(geometry, texture, upstream)
+    assert_close((out, *actual), (out, *expected), 1e-12)
+
+
+def test_definition_in_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, texture = make_tokens(2, 17, 3)
+    upstream = torch.randn(2, 3, 13, 18)
+    whole = splat_gaussians_backward_reference(geometry, texture, upstream)
+    expected = (splat_gaussians_reference(geometry, texture, 13, 18), *whole)
+    monkeypatch.setattr("gpstoken_diffusers.ops.splat_reference._WEIGHTS_PER_BAND", 3 * 2 * 17 * 18)
+    banded = splat_gaussians_backward_reference(geometry, texture, upstream)
+    assert_close((splat_gaussians_reference(geometry, texture, 13, 18), *banded), expected, FLOAT32)
+
+
+def test_gradcheck_float64() -> None:
+    """The operator on its plain float64 path. Support 40 keeps pixels from crossing a box edge between evaluations."""
+    geometry, texture = (tensor.double().requires_grad_() for tensor in make_tokens(2, 3, 2, sigma=0.4))
+    assert torch.autograd.gradcheck(lambda g, t: splat_gaussians(g, t, 5, 7, 40.0), (geometry, texture))
+
+
+@needs_native
+def test_gradcheck_native() -> None:
+    """Finite differences of the native forward in float32: steps of 1e-2 have errors of 1e-4 (curvature) and 1e-5."""
+    geometry, texture = (tensor.requires_grad_() for tensor in make_tokens(1, 3, 2, sigma=0.8))
+    with torch.no_grad():
+        geometry[..., 2] *= 0.5
+    assert torch.autograd.gradcheck(
+        lambda g, t: splat_gaussians(g, t, 5, 7, 40.0), (geometry, texture), eps=1e-2, atol=5e-3, rtol=5e-3, nondet_tol=0.0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype: torch.dtype) -> None:
+    geometry, texture = make_tokens(2, 6, 3)
+    geometry = geometry.double() if dtype == torch.float64 else geometry
+    texture = texture.to(dtype)
+    leaves = (geometry.clone().requires_grad_(), texture.clone().requires_grad_())
+    torch.library.opcheck(torch.ops.gpstoken.splat_gaussians.default, (*leaves, 9, 11, 3.0))
+    upstream = torch.randn(2, 3, 9, 11).to(dtype)
+    torch.library.opcheck(torch.ops.gpstoken.splat_gaussians_backward.default, (geometry, texture, upstream, 3.0))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_fullgraph(backend: str) -> None:
+    def loss(geometry: Tensor, texture: Tensor, height: int) -> Tensor:
+        return (splat_gaussians(geometry.sigmoid(), texture * 2, height, 10) ** 2).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
+    for tokens, height in ((6, 8), (9, 12)):  # the second with other sizes
+        leaves = [tensor.requires_grad_() for tensor in make_tokens(2, tokens, 3)]
+        expected = torch.autograd.grad(loss(*leaves, height), leaves)
+        actual = torch.autograd.grad(compiled(*leaves, height), leaves)
+        for a, b in zip(actual, expected, strict=True):
+            assert distance(a, b) < 1e-5  # inductor fuses the sigmoid its own way
+
+
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=needs_native), "reference"])
+def test_autocast_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPSTOKEN_BACKEND", backend)
+    geometry, texture = make_tokens(2, 17, 3)
+    expected = run(splat_gaussians, geometry, texture, (13, 18))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(splat_gaussians, geometry, texture, (13, 18))
+    assert_close(actual, expected, 0.0)
+
+
+def test_half_precision_geometry_is_evaluated_in_float32() -> None:
+    geometry, texture = make_tokens(1, 17, 3)
+    half = geometry.bfloat16().requires_grad_()
+    out = splat_gaussians(half, texture, 13, 18)
+    assert torch.equal(out, splat_gaussians(half.detach().float(), texture, 13, 18))
+    out.sum().backward()
+    assert half.grad is not None and half.grad.dtype == torch.bfloat16
+
+
+def test_meta_tensors() -> None:
+    geometry, texture = (tensor.to("meta") for tensor in make_tokens(2, 6, 3))
+    out = splat_gaussians(geometry, texture.bfloat16(), 9, 11)
+    assert out.shape == (2, 3, 9, 11) and out.dtype == torch.bfloat16 and out.device.type == "meta"
+
+
+def test_forced_reference_gives_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, texture = make_tokens(2, 17, 3)
+    monkeypatch.setenv("GPSTOKEN_BACKEND", "reference")
+    assert torch.equal(splat_gaussians(geometry, texture, 9, 11), splat_gaussians_reference(geometry, texture, 9, 11))
+
+
+# ---- pixel centres and arguments ----
+
+
+def test_pixel_centers() -> None:
+    assert pixel_centers(1).tolist() == [0.0]
+    assert pixel_centers(2).tolist() == [-1.0, 1.0]
+    assert pixel_centers(5).tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    centers = pixel_centers(1001)
+    expected = torch.tensor([2.0 * i / 1000 - 1.0 for i in range(1001)], dtype=torch.float64).float()
+    assert centers.dtype == torch.float32 and torch.equal(centers, expected)
+
+
+def test_one_pixel_axes_sit_at_zero() -> None:
+    geometry = torch.tensor([[[0.5, 0.5, 0.0, 0.0, 0.0]]])
+    assert splat_gaussians(geometry, torch.ones(1, 1, 1), 1, 1).item() == 1.0
+
+
+GEOMETRY, TEXTURE = torch.zeros(2, 4, 5), torch.zeros(2, 4, 3)
+BAD_ARGUMENTS = {
+    "geometry is a list": ([[1.0] * 5], TEXTURE, 4, 4, 3.0, TypeError, "geometry: expected a floating-point tensor"),
+    "integer texture": (GEOMETRY, TEXTURE.int(), 4, 4, 3.0, TypeError, "texture: expected a floating-point tensor"),
+    "no batch": (GEOMETRY[0], TEXTURE[0], 4, 4, 3.0, ValueError, r"\(batch, tokens, 5\)"),
+    "six numbers": (torch.zeros(2, 4, 6), TEXTURE, 4, 4, 3.0, ValueError, r"got \(2, 4, 6\)"),
+    "other token count": (GEOMETRY, TEXTURE[:, :3], 4, 4, 3.0, ValueError, r"\(2, 4, any\).*got \(2, 3, 3\)"),
+    "other batch": (GEOMETRY, TEXTURE[:1], 4, 4, 3.0, ValueError, r"got \(1, 4, 3\)"),
+    "other device": (GEOMETRY, TEXTURE.to("meta"), 4, 4, 3.0, ValueError, "geometry is on cpu but texture on meta"),
+    "no height": (GEOMETRY, TEXTURE, 0, 4, 3.0, ValueError, "at least 1, got 0 x 4"),
+    "negative width": (GEOMETRY, TEXTURE, 4, -1, 3.0, ValueError, "at least 1, got 4 x -1"),
+    "support 0": (GEOMETRY, TEXTURE, 4, 4, 0.0, ValueError, "support must be a positive"),
+    "support NaN": (GEOMETRY, TEXTURE, 4, 4, float("nan"), ValueError, "support must be a positive"),
+    "support infinite": (GEOMETRY, TEXTURE, 4, 4, float("inf"), ValueError, "support must be a positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_bad_arguments(case: tuple) -> None:
+    *arguments, error, message = case
+    with pytest.raises(error, match=message):
+        splat_gaussians(*arguments)
