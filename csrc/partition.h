@@ -1,9 +1,10 @@
 // How complex a region is: the entropy of the magnitudes of its gradients. The definition is gradient_entropy in
-// gpstoken_diffusers/ops/partition_reference.py; here is what it shares with the fast loops of partition_cpu_kernel.h.
+// gpstoken_diffusers/ops/partition_reference.py; here is what it shares with the fast loops of
+// partition_cpu_kernel.h.
 //
-// Only the bin of each magnitude matters, so the loops compute magnitudes in float32, in whatever order is fast, and leave
-// those that lie too near a bin's edge to exact_bin(), which repeats the definition's arithmetic. The counts, and with
-// them the complexities, are therefore the definition's, bit for bit, on every instruction set.
+// Only the bin of each magnitude matters, so the loops compute magnitudes in float32, in whatever order is fast, and
+// leave those that lie too near a bin's edge to exact_bin(), which repeats the definition's arithmetic. The counts,
+// and with them the complexities, are therefore the definition's, bit for bit, on every instruction set.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +14,12 @@
 
 namespace gpstoken {
 
-constexpr int kSamples = 64;                    // a region is resampled to 64 x 64
-constexpr int kBins = 256;                      // the upper half of the definition's 512: no magnitude is negative
-constexpr double kBinWidth = 11.0 / 512;        // exact, as are all edges
-constexpr uint8_t kDoubtful = 255;              // stands for a bin that exact_bin() must find; grey values in [-1, 1]
-                                                // give magnitudes up to sqrt(20), that is bins up to 208
-constexpr int kMaxSources = 2 * kSamples;       // pixels of one axis that its samples touch
+constexpr int kSamples = 64;              // a region is resampled to 64 x 64
+constexpr int kBins = 256;                // the upper half of the definition's 512: no magnitude is negative
+constexpr double kBinWidth = 11.0 / 512;  // exact, as are all edges
+// Stands for a bin that exact_bin() must find. Grey values in [-1, 1] give magnitudes up to sqrt(20): bins up to 208.
+constexpr uint8_t kDoubtful = 255;
+constexpr int kMaxSources = 2 * kSamples;  // pixels of one axis that its samples touch
 
 struct Box {
     int x0, y0, x1, y1;  // pixels, inclusive
@@ -38,8 +39,8 @@ struct Axis {
     int first[kSamples];
     float smooth[kSamples][6], differ[kSamples][6];
 
-    // A size of 8, 16, 32 or 64 has 64 / size phases: samples f, f + phases, f + 2 phases, ... have the same filters over
-    // the pixel before, at and after their own. Then phase_size is the size, else 0.
+    // A size of 8, 16, 32 or 64 has 64 / size phases: samples f, f + phases, f + 2 phases, ... have the same filters
+    // over the pixel before, at and after their own. Then phase_size is the size, else 0.
     int phase_size = 0;
     float phase_smooth[8][3] = {}, phase_differ[8][3] = {};
 
@@ -153,8 +154,8 @@ inline uint8_t exact_bin(const View& view, int i, int j) {
     return static_cast<uint8_t>(bin);
 }
 
-// counts of kSamples^2 magnitudes -> entropy in bits. Added up in NumPy's order: eight sums side by side in each block of
-// 128, then pairs of these.
+// counts of kSamples^2 magnitudes -> entropy in bits. Added up in NumPy's order: eight sums side by side in each
+// block of 128, then pairs of these.
 inline double entropy_of_counts(const int* counts) {
     static const std::vector<double> term = [] {
         std::vector<double> table(kSamples * kSamples + 1);

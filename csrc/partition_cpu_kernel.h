@@ -1,10 +1,11 @@
-// The loops over a region's samples. partition_cpu.cpp includes this once per instruction set, inside a namespace, with
+// The loops over a region's samples. partition_cpu.cpp includes this once per instruction set, inside a namespace,
+// with
 //   GPSTOKEN_TARGET        the function attribute that switches the instruction set on (may be empty)
 //   GPSTOKEN_VECTOR_BYTES  bytes per vector register, 0 for one that is not known to compare many bytes at a time
 // No include guard, therefore. Most loops are plain: compilers turn them into vector code.
 //
-// The resampling and the Sobel filters are linear and separable, so both run along x on the source rows (few for a small
-// region), then along y.
+// The resampling and the Sobel filters are linear and separable, so both run along x on the source rows (few for a
+// small region), then along y.
 
 // Source rows -> scratch.difference, scratch.smoothed, for a width of kSize pixels: vectors of whole phases.
 template <int kSize>
@@ -53,15 +54,18 @@ GPSTOKEN_TARGET inline void filter_rows(const View& view, Scratch& scratch) {
     }
 }
 
-// scratch.difference, scratch.smoothed -> scratch.bins, where kDoubtful stands for magnitudes too near an edge to tell.
+// scratch.difference, scratch.smoothed -> scratch.bins, where kDoubtful stands for magnitudes too near an edge to
+// tell.
 template <int kTaps>
 GPSTOKEN_TARGET inline void find_bins(const Axis& down, Scratch& scratch) {
     constexpr float kBinsPerUnit = static_cast<float>(1.0 / kBinWidth);
-    // How far, in bins, a position computed here may be from the definition's. All values lie in [0, 1], partial sums of
-    // a gradient below 4, so a rounding errs by 1.2e-7 at most. Following the worst case through both computations: 3.5e-6
-    // in the magnitude here and 1.4e-6 in the definition for three taps, 5.1e-6 and 1.4e-6 for six, times 46.5 bins.
+    // How far, in bins, a position computed here may be from the definition's. All values lie in [0, 1], partial sums
+    // of a gradient below 4, so a rounding errs by 1.2e-7 at most. Following the worst case through both
+    // computations: 3.5e-6 in the magnitude here and 1.4e-6 in the definition for three taps, 5.1e-6 and 1.4e-6 for
+    // six, times 46.5 bins.
     constexpr float kError = kTaps == 3 ? 2.5e-4f : 4e-4f;
-    // Two Newton steps from the first guess leave 4.8e-6 of the square root; the rest is for the roundings on the way.
+    // Two Newton steps from the first guess leave 4.8e-6 of the square root; the rest is for the roundings on the
+    // way.
     constexpr float kRelativeError = 6e-6f;
     for (int i = 0; i < kSamples; ++i) {
         const float(*difference)[kSamples] = scratch.difference + down.first[i];
@@ -75,8 +79,8 @@ GPSTOKEN_TARGET inline void find_bins(const Axis& down, Scratch& scratch) {
                 gradient_x += smooth[k] * difference[k][j];
                 gradient_y += differ[k] * smoothed[k][j];
             }
-            // The square root by way of its inverse, since compilers do not vectorise sqrtf while it may set errno. The
-            // first guess halves the exponent; zero stays zero.
+            // The square root by way of its inverse, since compilers do not vectorise sqrtf while it may set errno.
+            // The first guess halves the exponent; zero stays zero.
             const float square = gradient_x * gradient_x + gradient_y * gradient_y;
             int32_t bits;
             std::memcpy(&bits, &square, sizeof(bits));
@@ -116,8 +120,8 @@ GPSTOKEN_TARGET void gradient_bins(const View& view, Scratch& scratch) {
     }
 }
 
-// scratch.bins -> scratch.counts if they span few bins: then comparing all with each bin is faster than the increments
-// of a table, above all where neighbours are alike. Else false, and nothing is counted.
+// scratch.bins -> scratch.counts if they span few bins: then comparing all with each bin is faster than the
+// increments of a table, above all where neighbours are alike. Else false, and nothing is counted.
 GPSTOKEN_TARGET bool count_few_bins(Scratch& scratch) {
 #if GPSTOKEN_VECTOR_BYTES == 0
     (void)scratch;

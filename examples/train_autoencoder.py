@@ -12,6 +12,7 @@ stopped. The averaged weights are saved to OUTPUT_DIR/model as a diffusers folde
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -21,7 +22,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from gpstoken_diffusers import AutoencoderGPSToken
+from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor
 from gpstoken_diffusers.metrics import psnr
 from gpstoken_diffusers.training.data import PhotographCrops, center_crop, list_images, to_pixel_values
 from gpstoken_diffusers.training.muon import Muon, split_parameters
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", help="JSON file of AutoencoderGPSToken arguments that replace those of the mini configuration.")
     add("--resolution", type=int, default=256, help="Side of the training crops, which is also the model's tile.")
     add("--num_tokens", type=int, default=256, help="Tokens per crop.")
-    add("--token_jitter", type=float, default=0.25, help="Each batch draws its token count from num_tokens (1 +- this).")
+    add("--token_jitter", type=float, default=0.25, help="A batch has num_tokens (1 +- this) tokens.")
     add("--batch_size", type=int, default=8, help="Crops per step and process.")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--max_train_steps", type=int, default=20000)
@@ -88,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_workers", type=int, default=1)
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int, default=2)
+    add("--save_dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Of OUTPUT_DIR/model.")
     add("--resume_from_checkpoint", help='A checkpoint folder, or "latest".')
     add("--validation_steps", type=int, default=500)
     add("--max_validation_images", type=int, default=32)
@@ -174,7 +175,9 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
 
 
-def save_checkpoint(accelerator: Accelerator, ema: EMAModel, step: int, args: argparse.Namespace) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, model: AutoencoderGPSToken, ema: EMAModel, step: int, args: argparse.Namespace
+) -> None:
     """Writes a checkpoint whole or not at all: into a temporary folder that is renamed once complete."""
     output_dir = Path(args.output_dir)
     temporary, final = output_dir / f"tmp-checkpoint-{step}", output_dir / f"checkpoint-{step}"
@@ -186,11 +189,15 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, step: int, args: ar
     kept = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
     for old in kept[: -args.checkpoints_total_limit]:
         shutil.rmtree(old)
-    model = accelerator.unwrap_model(accelerator._models[0])
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    model.save_pretrained(output_dir / "model")
-    ema.restore(model.parameters())
+    averaged = copy.deepcopy(model)
+    ema.copy_to(averaged.parameters())
+    averaged.to(getattr(torch, args.save_dtype)).save_pretrained(output_dir / "model")
+    GPSTokenImageProcessor(
+        tile_size=model.config.sample_size,
+        num_tokens=model.config.num_tokens,
+        min_region_size=model.config.min_region_size,
+        entropy_exponent=model.config.entropy_exponent,
+    ).save_pretrained(output_dir / "model")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -250,7 +257,8 @@ def main(argv: list[str] | None = None) -> None:
             loader = accelerator.skip_first_batches(loader, first_step * args.gradient_accumulation_steps)
 
     started = time.time()
-    progress = tqdm(total=steps, initial=first_step, disable=not accelerator.is_main_process, unit="step", mininterval=5)
+    main = accelerator.is_main_process
+    progress = tqdm(total=steps, initial=first_step, disable=not main, unit="step", mininterval=5)
     average = None
     step = first_step
     for batch in loader:
@@ -294,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
             logger.info("step %d: loss %.4f, held-out PSNR %.2f dB", step, average, score)
             accelerator.log({"loss": average, "psnr": score}, step=step)
         if step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, ema, step, args)
+            save_checkpoint(accelerator, accelerator.unwrap_model(model), ema, step, args)
         if last:
             break
     accelerator.end_training()

@@ -99,8 +99,8 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
 
         Raises:
             TypeError: a picture of another type or dtype.
-            ValueError: pictures of several sizes, values outside [0, 1], NaN, a map of another size than its picture, or
-                more tokens than a tile has regions.
+            ValueError: pictures of several sizes, values outside [0, 1], NaN, a map of another size than its
+                picture, or more tokens than a tile has regions.
         """
         images = _as_list(images)
         if not images:
@@ -175,8 +175,8 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         sizes = {tuple(picture.shape[-2:]) for picture in fitted}
         if len(sizes) > 1:
             raise ValueError(
-                f"The {what} of a batch must come out at one size, got (height, width) {sorted(sizes)}. Process them one "
-                "by one, or set shortest_edge and center_crop."
+                f"The {what} of a batch must come out at one size, got (height, width) {sorted(sizes)}. Process them "
+                "one by one, or set shortest_edge and center_crop."
             )
         return torch.stack(fitted)
 
@@ -187,8 +187,8 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
 
         Args:
             sample: (B, 3, H, W) around [-1, 1]; what lies outside is clamped.
-            output_type: "pil" (a list of RGB pictures, rounded to 8 bits), "np" ((B, H, W, 3) float32 in [0, 1]) or "pt"
-                ((B, 3, H, W) float32 in [0, 1]).
+            output_type: "pil" (a list of RGB pictures, rounded to 8 bits), "np" ((B, H, W, 3) float32 in [0, 1]) or
+                "pt" ((B, 3, H, W) float32 in [0, 1]).
 
         Raises ValueError: another shape or output type, or NaN.
         """

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,20 +56,27 @@ def prepare(path: str):
     torch.manual_seed(0)
     model = AutoencoderGPSToken.from_preset("l256").eval()
     images = F.interpolate(torch.rand(1, 3, 32, 32) * 2 - 1, size=256, mode="bicubic").clamp(-1, 1)
-    images += 0.2 * torch.randn(images.shape) * torch.linspace(0, 1, 256)
+    images = (images + 0.2 * torch.randn(images.shape) * torch.linspace(0, 1, 256)).clamp(-1, 1)
     if path == "plain float32":
         return lambda: plain_reconstruction(model, images)
     model = model.to(torch.bfloat16 if path == "ours bfloat16" else torch.float32)
     return lambda: model(images.to(model.dtype)).sample
 
 
+def resident_mb(field: str) -> float:
+    """A line of this process's memory account, such as VmRSS or its peak VmHWM (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
 def peak_memory(path: str) -> None:
-    """Prints the growth of this process's peak memory over one reconstruction, in MB."""
+    """Prints by how much one reconstruction raises this process's memory at its peak, in MB."""
     with torch.no_grad():
         run = prepare(path)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak that building the model reached
+        before = resident_mb("VmRSS")
         run()
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    print(json.dumps(resident_mb("VmHWM") - before))
 
 
 def main() -> None:
@@ -86,7 +93,9 @@ def main() -> None:
         runs = {path: prepare(path) for path in PATHS}
         expected = runs["plain float32"]()
         seconds: dict[str, list[float]] = {path: [] for path in PATHS}
-        errors = {path: (run().float() - expected).square().mean().sqrt() / expected.std() for path, run in runs.items()}
+        errors = {}
+        for path, run in runs.items():
+            errors[path] = (run().float() - expected).square().mean().sqrt() / expected.std()
         for _ in range(args.repeats):
             for path, run in runs.items():
                 start = time.perf_counter()

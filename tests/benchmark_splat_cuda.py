@@ -97,9 +97,7 @@ class Official:
         self._each_image("official_forward", [geometry, texture, out], out, support)
         return out
 
-    def backward(
-        self, geometry: Tensor, texture: Tensor, grad: Tensor, support: float
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, geometry: Tensor, texture: Tensor, grad: Tensor, support: float) -> tuple[Tensor, Tensor]:
         """grad: (B, side, side, C)"""
         grads = torch.zeros_like(geometry), torch.zeros_like(texture)
         self._each_image("official_backward", [geometry, texture, grad, *grads], grad, support)
@@ -185,7 +183,7 @@ def main() -> None:
     cdll = native.library("cuda")
     if cdll is None:
         sys.exit(f"the CUDA library is not there: {native.why_missing('cuda')}")
-    ours, official, support = SplatLibrary(cdll), Official(), 3.0
+    ours, official, support = SplatLibrary(cdll, poison=False), Official(), 3.0
     dtype = getattr(torch, options.dtype)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copies {bandwidth / 1e6:.2f} TB/s, texture in {options.dtype}")
@@ -201,9 +199,7 @@ def main() -> None:
         official_grads = official.backward(geometry, texture.float(), last, support)
         tolerance = 1e-4 if dtype is torch.float32 else 1e-2  # float32 sums in another order; 16-bit results
         compare("map", ours.forward(geometry, texture, side, side, support), official_out, tolerance)
-        for result, expected in zip(
-            ours.backward(geometry, texture, grad, support), official_grads, strict=True
-        ):
+        for result, expected in zip(ours.backward(geometry, texture, grad, support), official_grads, strict=True):
             compare("gradient", result, expected, max(tolerance, 1e-3))
 
         dense = batch * count * side * side <= PLAIN_LIMIT
@@ -231,10 +227,7 @@ def main() -> None:
             floor = max(times["nothing"], moved / bandwidth)
             row = [f"{batch} x {count} x {channels} x {side}", name]
             row += [f"{times['ours']:.1f}", f"{times['ours'] / floor:.1f}"]
-            row += [
-                f"{times[other] / times['ours']:.1f}" if other in times else "-"
-                for other in ("official", "plain")
-            ]
+            row += [f"{times[other] / times['ours']:.1f}" if other in times else "-" for other in ("official", "plain")]
             call = partial(splat_gaussians, geometry, texture, side, side, support)
             print_row([*row, f"{eager_time(call):.1f}" if name == "forward" else "-"])
 

@@ -121,9 +121,7 @@ def test_truncated_safetensors(keep, model_folder, refused, tmp_path):
     }
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(whole["tokens"][:keep])
-    refused(
-        "decode", cut, "-o", tmp_path / "p.png", why=r"cut\.safetensors.*(empty|truncated|not a safetensors)"
-    )
+    refused("decode", cut, "-o", tmp_path / "p.png", why=r"cut\.safetensors.*(empty|truncated|not a safetensors)")
 
     cut.write_bytes(whole["weights"][:keep])
     refused("convert", cut, "-o", tmp_path / "folder", model=None, why=r"cut\.safetensors.*(empty|truncated)")
@@ -141,14 +139,14 @@ def test_truncated_safetensors(keep, model_folder, refused, tmp_path):
 
 def test_pickle_renamed_to_safetensors(model_folder, refused, image, tmp_path):
     sprung = tmp_path / "sprung"
-    for name, write in {"pickle": pickle.dump, "torch": torch.save}.items():
+    for name, write in {"stdlib": pickle.dump, "archive": torch.save}.items():
         renamed = tmp_path / f"{name}.safetensors"
         with renamed.open("wb") as file:
             write(Trap(sprung), file)
-        refused("decode", renamed, "-o", tmp_path / "p.png", why="pickle")
-        refused("convert", renamed, "-o", tmp_path / "folder", model=None, why="pickle")
-        refused("encode", image, "-o", tmp_path / "t.safetensors", model=renamed, why="pickle")
-        with pytest.raises(ValueError, match="pickle"):
+        refused("decode", renamed, "-o", tmp_path / "p.png", why="is a Python pickle")
+        refused("convert", renamed, "-o", tmp_path / "folder", model=None, why="is a pickle")
+        refused("encode", image, "-o", tmp_path / "t.safetensors", model=renamed, why="is a pickle")
+        with pytest.raises(ValueError, match="is a pickle"):
             AutoencoderGPSToken.from_single_file(renamed)
     # A folder whose only weights are a pickle.
     folder = tmp_path / "model"
@@ -302,9 +300,7 @@ def test_nan_pixels(model):
 
 def test_mask_of_another_size(model, refused, image, tmp_path):
     mask = photo(tmp_path / "mask.png", 32, 31)
-    refused(
-        "encode", image, "-o", tmp_path / "t.safetensors", "--importance", mask, why=r"size.*32, 32.*32, 31"
-    )
+    refused("encode", image, "-o", tmp_path / "t.safetensors", "--importance", mask, why=r"size.*32, 32.*32, 31")
     with pytest.raises(ValueError, match="size"):
         GPSTokenImageProcessor(tile_size=32)(Image.open(image), num_tokens=4, importance=np.zeros((31, 32)))
     with pytest.raises(ValueError, match="importance"):
@@ -325,11 +321,9 @@ def test_impossible_numbers_of_tokens(num_tokens, model, refused, image, tmp_pat
     refused("encode", image, "-o", tmp_path / "t.safetensors", option, why="1 to 16")
     refused("panel", image, "-o", tmp_path / "p.png", option, why="1 to 16")
     # Not once per picture of the folder.
-    err = refused(
-        "reconstruct", image.parent, "-o", tmp_path / "out", option, why=f"{num_tokens}: .* 1 to 16"
-    )
+    err = refused("reconstruct", image.parent, "-o", tmp_path / "out", option, why=f"{num_tokens}: .* 1 to 16")
     assert err.count("\n") == 1
-    with pytest.raises(ValueError, match="largest number is 16"):
+    with pytest.raises(ValueError, match="1 to 16"):
         model.encode(torch.zeros(1, 3, 32, 32), num_tokens=num_tokens)
 
 
@@ -352,9 +346,7 @@ def test_unwritable_output_folder(refused, image, tmp_path, monkeypatch):
     # Refused before any work: neither a model nor a picture is loaded.
     for module in (commands, reconstruction):
         monkeypatch.setattr(module, "load_codec", lambda args: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(
-        conversion.AutoencoderGPSToken, "from_single_file", lambda *a, **k: pytest.fail("loaded")
-    )
+    monkeypatch.setattr(conversion.AutoencoderGPSToken, "from_single_file", lambda *a, **k: pytest.fail("loaded"))
     tokens = tokens_file(tmp_path / "t.safetensors")
     below_a_file, not_a_disk = image / "out", Path("/proc/out")  # where even root cannot write
     for folder in (below_a_file, not_a_disk):
@@ -446,9 +438,7 @@ def test_ctrl_c_in_the_middle_of_a_folder(model_folder, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_no_half_written_file(model_folder, image, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "gpstoken_diffusers.tokens.os.fsync", lambda *args: signal.raise_signal(signal.SIGINT)
-    )
+    monkeypatch.setattr("gpstoken_diffusers.tokens.os.fsync", lambda *args: signal.raise_signal(signal.SIGINT))
     argv = [str(image), "-o", str(tmp_path / "out"), "--model", str(model_folder)]
     assert cli.main(["reconstruct", *argv, "--quiet"]) == 130
     assert list((tmp_path / "out").iterdir()) == []

@@ -174,9 +174,7 @@ def test_demo_leaves_pictures_and_figures(model_folder, tmp_path, monkeypatch, c
         "input.png", "gaussians.png", "ellipses.png", "reconstruction.png", "panel.png", "tokens.safetensors",
     }  # fmt: skip
     pictures = {path.stem: np.asarray(Image.open(path)) for path in out.glob("*.png")}
-    assert {pictures[name].shape for name in ("input", "gaussians", "ellipses", "reconstruction")} == {
-        (48, 64, 3)
-    }
+    assert {pictures[name].shape for name in ("input", "gaussians", "ellipses", "reconstruction")} == {(48, 64, 3)}
     assert np.array_equal(pictures["input"], np.asarray(Image.open(tmp_path / "demo.png")))
     assert not np.array_equal(pictures["gaussians"], pictures["ellipses"])
     tokens = GPSTokens.load(out / "tokens.safetensors")
@@ -190,10 +188,7 @@ def test_demo_leaves_pictures_and_figures(model_folder, tmp_path, monkeypatch, c
 def test_encode_and_decode_are_the_models(model_folder, tmp_path):
     image = photo(tmp_path / "photo.png")
     assert run("encode", image, "-o", tmp_path / "deep" / "t.safetensors", "--model", model_folder) == 0
-    assert (
-        run("decode", tmp_path / "deep" / "t.safetensors", "-o", tmp_path / "p.png", "--model", model_folder)
-        == 0
-    )
+    assert run("decode", tmp_path / "deep" / "t.safetensors", "-o", tmp_path / "p.png", "--model", model_folder) == 0
 
     model = AutoencoderGPSToken.from_pretrained(model_folder)
     features = GPSTokenImageProcessor.from_pretrained(model_folder)(Image.open(image))
@@ -251,9 +246,7 @@ def test_decode_modes_and_formats(model_folder, tmp_path):
         pictures[name] = np.asarray(Image.open(tmp_path / name))
         assert pictures[name].shape == (40, 56, 3)
     assert not np.array_equal(pictures["merge.png"], pictures["tile.png"])
-    assert np.array_equal(
-        pictures["default.webp"], pictures["tile.png"]
-    )  # the model's own mode; webp is lossless
+    assert np.array_equal(pictures["default.webp"], pictures["tile.png"])  # the model's own mode; webp is lossless
 
 
 def test_decode_warns_of_another_models_tokens(model_folder, tmp_path, capsys):
@@ -277,9 +270,7 @@ def test_log_lines_end_with_the_command(model_folder, tmp_path):
 
 def test_panel_shows_four_pictures(model_folder, tmp_path, monkeypatch, capsys):
     columns = []
-    monkeypatch.setattr(
-        commands, "side_by_side", lambda given, footer: columns.append((given, footer)) or given[0][1]
-    )
+    monkeypatch.setattr(commands, "side_by_side", lambda given, footer: columns.append((given, footer)) or given[0][1])
     monkeypatch.setattr(commands, "PANEL_SIDE", 50)
     image = photo(tmp_path / "photo.png", 40, 100)
     for style in ("glow", "ellipses"):
@@ -375,9 +366,7 @@ def test_reconstruct_recursive_and_quiet(model_folder, tmp_path, capsys):
 
 def test_reconstruct_files_one_by_one(model_folder, tmp_path):
     for name in ("a.png", "b.png"):
-        assert (
-            run("reconstruct", photo(tmp_path / name), "-o", tmp_path / "out", "--model", model_folder) == 0
-        )
+        assert run("reconstruct", photo(tmp_path / name), "-o", tmp_path / "out", "--model", model_folder) == 0
     rows, _ = tables(tmp_path / "out")
     assert [row["file"] for row in rows] == ["a.png", "b.png", "mean"]
 
@@ -523,18 +512,31 @@ def test_convert_overwrites_only_its_own_and_only_when_asked(small_as_l256, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"l256", small_as_l256.name}
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
-)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
 def test_convert_that_fails_leaves_what_was_there(error, small_as_l256, tmp_path, monkeypatch):
     out = tmp_path / "l256"
     assert run("convert", small_as_l256, "-o", out) == 0
     before = {name: (out / name).read_bytes() for name in names_in(out)}
     monkeypatch.setattr(conversion.GPSTokenImageProcessor, "save_pretrained", raising(error))
     options = ("--dtype", "float16", "--overwrite")
-    assert run("convert", small_as_l256, "-o", out, *options) == (
-        130 if isinstance(error, KeyboardInterrupt) else 1
-    )
+    assert run("convert", small_as_l256, "-o", out, *options) == (130 if isinstance(error, KeyboardInterrupt) else 1)
     assert run("convert", small_as_l256, "-o", tmp_path / "new") != 0
+    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"l256", small_as_l256.name}
+
+
+def test_convert_that_cannot_take_its_place_puts_the_old_folder_back(small_as_l256, tmp_path, monkeypatch):
+    out = tmp_path / "l256"
+    assert run("convert", small_as_l256, "-o", out) == 0
+    before = {name: (out / name).read_bytes() for name in names_in(out)}
+    rename = Path.rename
+
+    def fail_for_new_folders(self, target):
+        if self.name.endswith(".tmp"):
+            raise OSError(13, "Permission denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new_folders)
+    assert run("convert", small_as_l256, "-o", out, "--dtype", "float16", "--overwrite") == 1
     assert {name: (out / name).read_bytes() for name in names_in(out)} == before
     assert {path.name for path in tmp_path.iterdir()} == {"l256", small_as_l256.name}

@@ -29,9 +29,7 @@ STRICT = [
     "-v",
 ]
 
-needs_nvcc = pytest.mark.skipif(
-    NVCC is None, reason="nvcc is not installed: the CUDA sources are NOT compiled here"
-)
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA sources are NOT compiled here")
 
 
 class Kernel(NamedTuple):
@@ -58,9 +56,7 @@ def parse_ptxas(output: str) -> list[Kernel]:
     for match in pattern.finditer(output):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         numbers = int(match["registers"]), int(match["stack"]), int(match["stores"]) + int(match["loads"])
-        kernels.append(
-            Kernel(match["name"], match["architecture"], *numbers, int(shared[1]) if shared else 0)
-        )
+        kernels.append(Kernel(match["name"], match["architecture"], *numbers, int(shared[1]) if shared else 0))
     return kernels
 
 
@@ -126,10 +122,7 @@ def test_library_loads(built: tuple[Path, str]) -> None:
 @needs_nvcc
 def test_benchmark_kernels_compile(tmp_path: Path) -> None:
     source, target = HERE / "official_shape.cu", tmp_path / "official_shape.o"
-    assert (
-        "warning"
-        not in run([str(NVCC), *STRICT, "-arch=sm_90", "-c", "-o", str(target), str(source)]).lower()
-    )
+    assert "warning" not in run([str(NVCC), *STRICT, "-arch=sm_90", "-c", "-o", str(target), str(source)]).lower()
 
 
 def find_nvrtc() -> Path | None:
@@ -167,10 +160,7 @@ def test_nvrtc() -> None:
     names = strings(*(name.encode() for name in C_HEADERS))
     texts = strings(*(text.encode() for text in C_HEADERS.values()))
     count = len(C_HEADERS)
-    assert (
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"splat.cu", count, texts, names)
-        == 0
-    )
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"splat.cu", count, texts, names) == 0
     options = [b"--gpu-architecture=sm_90", b"--std=c++17", f"--include-path={CSRC}".encode()]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_zoo import noise_images, tiny_model
+from model_zoo import tiny_model
 
 from gpstoken_diffusers import GPSTokens
 from gpstoken_diffusers.models.lattice_decoder import (
@@ -60,7 +60,8 @@ def test_distant_pixels_do_not_change_at_all():
     model = tiny_model("lattice", sample_size=256, map_size=64)
     place = torch.linspace(-0.9, 0.9, 8)
     y, x = torch.meshgrid(place, place, indexing="ij")
-    geometry = torch.stack([torch.full((64,), 0.08), torch.full((64,), 0.06), 0 * x.flatten(), x.flatten(), y.flatten()], -1)
+    x, y = x.flatten(), y.flatten()
+    geometry = torch.stack([torch.full_like(x, 0.08), torch.full_like(x, 0.06), 0 * x, x, y], -1)
     texture = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
     tokens = GPSTokens(geometry[None], texture, (256, 256))
     corner = (geometry[:, 3:] < -0.6).all(-1)

@@ -31,12 +31,8 @@ from gpstoken_diffusers.ops.splat_reference import (
 
 NAN, INF = float("nan"), float("inf")
 
-needs_compiler = pytest.mark.skipif(
-    find_compiler() is None, reason="no C++ compiler: the emulation cannot be built"
-)
-needs_linux = pytest.mark.skipif(
-    sys.platform != "linux", reason="the emulation and its sanitisers are for Linux"
-)
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: the emulation cannot be built")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the emulation and its sanitisers are for Linux")
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +85,7 @@ def away_from_edges(geometry: Tensor, height: int, width: int, support: float) -
 def expect_close(result: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
     """Largest difference, relative to the largest expected value, below tolerance."""
     assert result.shape == expected.shape
-    assert result.isfinite().all(), (
-        f"{name}: {int((~result.isfinite()).sum())} elements not written or not finite"
-    )
+    assert result.isfinite().all(), f"{name}: {int((~result.isfinite()).sum())} elements not written or not finite"
     if expected.numel() == 0:
         return
     scale = expected.abs().max().clamp(min=1e-30)
@@ -252,9 +246,7 @@ class TestPeculiarTokens:
         expected = splat_gaussians_reference(*(t.double().cpu() for t in kept), 9, 17)
         # float32 with |rho| = 0.99999 loses a factor of 1 / sqrt(1 - rho^2) = 220.
         expect_close(library.forward(*kept, 9, 17).cpu(), expected, 1e-4, "map")
-        expected_grads = splat_gaussians_backward_reference(
-            *(t.double().cpu() for t in kept), grad_out.double()
-        )
+        expected_grads = splat_gaussians_backward_reference(*(t.double().cpu() for t in kept), grad_out.double())
         expect_close(without_senseless(grad_texture).cpu(), expected_grads[1], 1e-4, "texture gradient")
         assert without_senseless(grad_geometry).isfinite().all()
 
@@ -264,15 +256,20 @@ class TestRepeatability:
 
     @needs_compiler
     @needs_linux
-    def test_order_of_threads(self, emulated: SplatLibrary) -> None:
-        """A missing barrier shows as a difference between orders; boxes of one warp and of a whole block."""
-        geometry, texture = random_tokens(2, 150, 33)
-        grad_out = torch.randn(2, 33, 21, 35, generator=torch.Generator().manual_seed(1))
+    @pytest.mark.parametrize("sizes", [(2, 150, 33, 21, 35), (4, 260, 4, 18, 18)])
+    def test_order_of_threads(self, emulated: SplatLibrary, sizes: tuple[int, ...]) -> None:
+        """A missing barrier shows as a difference between orders. A block per token, and eight to a block;
+        boxes for one warp, and for all warps of a block, several in the same block."""
+        *shape, height, width = sizes
+        geometry, texture = random_tokens(*shape)
+        geometry[..., :2] *= 3.0
+        generator = torch.Generator().manual_seed(1)
+        grad_out = torch.randn(shape[0], shape[2], height, width, generator=generator)
         results = []
         for seed in range(4):
             emulated.library.emulation_set_seed(seed)
-            out = emulated.forward(geometry, texture, 21, 35)
-            results.append((out, *emulated.backward(geometry, texture, grad_out)))
+            out = emulated.forward(geometry, texture, height, width, 5.0)
+            results.append((out, *emulated.backward(geometry, texture, grad_out, 5.0)))
         for result in results[1:]:
             assert all(map(torch.equal, result, results[0]))
 

@@ -72,9 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gpstoken {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    demo = _command(
-        commands, "demo", "commands", "turn the shipped photograph into Gaussians and back", _DEMO
-    )
+    demo = _command(commands, "demo", "commands", "turn the shipped photograph into Gaussians and back", _DEMO)
     _output(demo, "folder for the pictures and tokens (default: outputs)", default=Path("outputs"))
     _num_tokens(demo)
     _model_options(demo)
@@ -108,12 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct = _command(commands, "reconstruct", "reconstruct", summary, _RECONSTRUCT)
     reconstruct.add_argument("path", metavar="PATH", type=Path, help="a picture, or a folder of pictures")
     _output(reconstruct, "folder for the pictures and metrics")
-    reconstruct.add_argument(
-        "--recursive", action="store_true", help="also the pictures in folders below PATH"
-    )
-    reconstruct.add_argument(
-        "--overwrite", action="store_true", help="do all again, also what is done already"
-    )
+    reconstruct.add_argument("--recursive", action="store_true", help="also the pictures in folders below PATH")
+    reconstruct.add_argument("--overwrite", action="store_true", help="do all again, also what is done already")
     _num_tokens(reconstruct)
     _mode(reconstruct)
     _model_options(reconstruct)
@@ -133,15 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", metavar="OFFICIAL", type=Path, help="official .safetensors file")
     _output(convert, "folder to write")
     _preset(convert, "its configuration (default: by its shapes, else by the file's name)")
-    convert.add_argument(
-        "--config", metavar="JSON", type=Path, help="constructor arguments of a model of other sizes"
-    )
-    convert.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
-    )
-    convert.add_argument(
-        "--overwrite", action="store_true", help="replace a folder that convert wrote before"
-    )
+    convert.add_argument("--config", metavar="JSON", type=Path, help="constructor arguments of a model of other sizes")
+    convert.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    convert.add_argument("--overwrite", action="store_true", help="replace a folder that convert wrote before")
     _common(convert)
 
     summary = "which native libraries exist, which one each operation uses, how to get faster ones"
@@ -149,9 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands, name: str, module: str, summary: str, epilog: str | None = None
-) -> argparse.ArgumentParser:
+def _command(commands, name: str, module: str, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=summary,
@@ -218,9 +204,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    parser.add_argument(
-        "--debug", action="store_true", help="show where an error came from (for bug reports)"
-    )
+    parser.add_argument("--debug", action="store_true", help="show where an error came from (for bug reports)")
 
 
 def _device(text: str) -> str:

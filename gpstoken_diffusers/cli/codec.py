@@ -120,16 +120,12 @@ def load_codec(args: argparse.Namespace) -> Codec:
     path = args.model or SHIPPED_MODEL
     if path.is_dir():
         if args.preset is not None:
-            raise ValueError(
-                f"--preset is for official files; the folder {path} holds its own configuration."
-            )
+            raise ValueError(f"--preset is for official files; the folder {path} holds its own configuration.")
         model = _load_folder(path, dtype)
     elif path.is_file():
         model = AutoencoderGPSToken.from_single_file(path, preset=args.preset, dtype=dtype)
     elif args.model is None:
-        raise FileNotFoundError(
-            f"the shipped model is not at {path}. Install the package again, or give --model."
-        )
+        raise FileNotFoundError(f"the shipped model is not at {path}. Install the package again, or give --model.")
     else:
         raise FileNotFoundError(f"no model at {path}. Give a folder or an official .safetensors file.")
     processor = processor_for(model, path)
@@ -152,8 +148,7 @@ def processor_for(model: AutoencoderGPSToken, path: Path) -> GPSTokenImageProces
 def quality(original: Image.Image, picture: Image.Image) -> dict[str, float | None]:
     """PSNR in dB (infinite if nothing differs) and SSIM (None below 11 px) between 8-bit RGB pictures."""
     a, b = (
-        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        for image in (original, picture)
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1 for image in (original, picture)
     )
     small = min(picture.size) < SMALLEST_FOR_SSIM
     return {"psnr": psnr(a, b).item(), "ssim": None if small else ssim(a, b).item()}

@@ -50,9 +50,7 @@ def demo(args: argparse.Namespace) -> int:
 def encode(args: argparse.Namespace) -> int:
     """A picture to a tokens file."""
     if args.output.suffix.lower() != ".safetensors":
-        raise ValueError(
-            f"the output {args.output} must end in .safetensors: tokens are stored in that format."
-        )
+        raise ValueError(f"the output {args.output} must end in .safetensors: tokens are stored in that format.")
     prepare_file(args.output, args.image)
     codec = load_codec(args)
     encoded = codec.encode(args.image, args.num_tokens, args.importance, args.importance_strength)

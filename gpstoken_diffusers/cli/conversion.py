@@ -16,9 +16,7 @@ from .codec import processor_for
 from .files import prepare_folder
 
 # What this command writes; --overwrite removes folders of such files and no others.
-_OWN_FILE = re.compile(
-    r"config\.json|preprocessor_config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?"
-)
+_OWN_FILE = re.compile(r"config\.json|preprocessor_config\.json|diffusion_pytorch_model.*\.safetensors(\.index\.json)?")
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -27,9 +25,7 @@ def convert(args: argparse.Namespace) -> int:
     _check_target(target, args.overwrite)
     prepare_folder(target.parent)
     dtype = getattr(torch, args.dtype)
-    model = AutoencoderGPSToken.from_single_file(
-        args.checkpoint, preset=args.preset, config=args.config, dtype=dtype
-    )
+    model = AutoencoderGPSToken.from_single_file(args.checkpoint, preset=args.preset, config=args.config, dtype=dtype)
     _save(model, processor_for(model, args.checkpoint), target)
     if not args.quiet:
         size = f"{model.num_parameters():,} parameters in {args.dtype}"

@@ -37,9 +37,7 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
-            f"cannot write to the output folder {folder} ({reason}). Choose another one."
-        ) from error
+        raise OSError(f"cannot write to the output folder {folder} ({reason}). Choose another one.") from error
 
 
 def prepare_file(path: Path, source: Path) -> None:
@@ -59,9 +57,7 @@ def prepare_file(path: Path, source: Path) -> None:
 def check_picture_suffix(path: Path) -> None:
     """Raises ValueError for a suffix that names no picture format to write."""
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(
-            f"the output {path} must end in one of {', '.join(_FORMATS)}: the suffix chooses the format."
-        )
+        raise ValueError(f"the output {path} must end in one of {', '.join(_FORMATS)}: the suffix chooses the format.")
 
 
 def write_picture(picture: Image.Image, path: Path, texts: dict[str, str] | None = None) -> None:

@@ -36,9 +36,7 @@ Record = dict[str, Any]
 def reconstruct(args: argparse.Namespace) -> int:
     """Reconstruct a picture or all pictures of a folder. Returns 1 if any of them failed."""
     if args.output.suffix.lower() in SUFFIXES and not args.output.is_dir():
-        raise ValueError(
-            f"the output {args.output} must be a folder: the picture and its metrics are written there."
-        )
+        raise ValueError(f"the output {args.output} must be a folder: the picture and its metrics are written there.")
     sources = _sources(args.path, args.output, args.recursive)
     prepare_folder(args.output)
     codec = load_codec(args)
@@ -126,9 +124,7 @@ def _settings(codec: Codec, args: argparse.Namespace) -> Record:
 
 
 def _difference(old: Record, new: Record) -> str:
-    return ", ".join(
-        f"{name} {old.get(name)} there, {new[name]} now" for name in new if old.get(name) != new[name]
-    )
+    return ", ".join(f"{name} {old.get(name)} there, {new[name]} now" for name in new if old.get(name) != new[name])
 
 
 def _state(source: Path) -> Record:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class TokenAttnProcessor:
-    """Computes [`TokenAttention`] through diffusers' attention dispatcher, so that any of its backends can be chosen."""
+    """Computes [`TokenAttention`] through diffusers' attention dispatcher: any of its backends can be chosen."""
 
     _attention_backend = None
     _parallel_config = None

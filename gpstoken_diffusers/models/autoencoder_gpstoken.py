@@ -21,12 +21,12 @@ from torch import Tensor
 from .. import convert
 from ..ops.partition import initial_gaussians, partition_image
 from ..ops.splat import splat_gaussians
+from ..tiling import cut_tiles, join_tiles, pad_to_tiles, tile_grid_for
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
 from .lattice_decoder import LatticeDecoder
 from .map_decoder import MapDecoder
 from .refinement import GaussianRefiner
 from .stem import ImageStem
-from ..tiling import cut_tiles, join_tiles, pad_to_tiles, tile_grid_for
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
         if decoder_type == "map":
             if 2 ** (len(widths) - 1) != upscale:
                 raise ValueError(
-                    f"{len(widths)} decoder resolutions enlarge a map {2 ** (len(widths) - 1)} times, but sample_size / "
-                    f"map_size is {upscale}."
+                    f"{len(widths)} decoder resolutions enlarge a map {2 ** (len(widths) - 1)} times, but "
+                    f"sample_size / map_size is {upscale}."
                 )
             self.decoder = MapDecoder(texture_channels, out_channels, widths, decoder_num_layers)
         elif decoder_type == "lattice":
@@ -406,7 +406,7 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
         num_tokens: int | None = None,
         return_dict: bool = True,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encodes and decodes: (B, in_channels, H, W) in [-1, 1] -> `sample` of the same size. Arguments as `encode`."""
+        """Encodes and decodes: (B, in_channels, H, W) in [-1, 1] -> `sample` of that size. Arguments as `encode`."""
         (tokens,) = self.encode(sample, geometry, regions, num_tokens=num_tokens, return_dict=False)
         return self.decode(tokens, return_dict=return_dict)
 

@@ -156,7 +156,7 @@ class LatticeDecoder(nn.Module):
         return coarse + (fine + 1) // 2
 
     def paint(self, geometry: Tensor, texture: Tensor, map_size: tuple[int, int]) -> Tensor:
-        """Splats the tokens' lattices: -> (B, lattice_channels + 1, h, w) float32, the last channel being log weight."""
+        """Splats the tokens' lattices: -> (B, lattice_channels + 1, h, w) float32, the last is log weight."""
         height, width = map_size
         image_size = (height * self.upscale, width * self.upscale)
         geometry = map_geometry(geometry.float(), image_size, map_size)

@@ -1,7 +1,8 @@
 """Finds, loads and explains the native libraries. The only module that knows csrc.
 
-The libraries are plain C (csrc/gpstoken_native.h), built by CMake while pip installs, and lie in the `lib` folder of
-the package. Everything works without them, on the plain PyTorch definitions (`ops/*_reference.py`), only slower.
+The libraries are plain C (csrc/gpstoken_native.h), built by CMake while pip installs, and lie in the `lib`
+folder of the package. Everything works without them, on the plain PyTorch definitions (`ops/*_reference.py`),
+only slower.
 
     python -m gpstoken_diffusers.ops.native      prints which backends exist and which one each op uses
 
@@ -63,6 +64,8 @@ _OPS: dict[str, dict[str, str | None]] = {
     "partition_image": {"cpu": "cpu", "cuda": "cpu", "mps": "cpu"},  # images are brought to the CPU and back
 }
 
+_announced: set[tuple[str, str]] = set()
+
 
 def reference_forced() -> bool:
     """Whether GPSTOKEN_BACKEND asks for the plain definitions. ValueError for an unknown value."""
@@ -73,7 +76,7 @@ def reference_forced() -> bool:
 
 
 def library(kind: str) -> ctypes.CDLL | None:
-    """The loaded native library "cpu" or "cuda", or None: not built, unloadable, or switched off by the user."""
+    """The loaded native library "cpu" or "cuda"; None if not built, not loadable, or switched off."""
     return None if reference_forced() else _load(kind)[0]
 
 
@@ -85,12 +88,12 @@ def why_missing(kind: str) -> str:
 
 
 def dtype_code(dtype: torch.dtype) -> int | None:
-    """The C interface's number of an element type, or None: float64 and others run on the plain definitions."""
+    """The C interface's number of an element type; None for those that only the plain definitions take."""
     return _DTYPE_CODES.get(dtype)
 
 
 def call(kind: str, function: str, *arguments: object) -> None:
-    """Calls a function of a loaded library. RuntimeError that names the function and the cause if it fails."""
+    """Calls a function of a library; RuntimeError with its name and the cause if it fails."""
     lib = library(kind)
     if lib is None:
         raise RuntimeError(f"{function}: the {kind} library is not available ({why_missing(kind)}).")
@@ -104,31 +107,32 @@ def call(kind: str, function: str, *arguments: object) -> None:
     raise RuntimeError(f"{function} failed with code {code} ({text}).")
 
 
-@functools.cache
 def announce_fallback(op: str, device: str) -> None:
-    """Says once per op and kind of device that a plain fallback runs where a native library would be faster."""
+    """Says once per op and device that a plain fallback runs where a native library would be faster."""
     kind = _OPS[op].get(device)
-    if kind is not None and not reference_forced():
-        logger.warning(
-            "%s on %s runs on plain PyTorch, which is slower: %s. %s (`gpstoken doctor` shows all backends.)",
-            op, device, why_missing(kind), _remedy(kind),
-        )  # fmt: skip
+    if kind is None or reference_forced() or (op, device) in _announced:
+        return
+    _announced.add((op, device))
+    message = "%s on %s runs on plain PyTorch, which is slower: %s. %s `gpstoken doctor` shows all backends."
+    logger.warning(message, op, device, why_missing(kind), _remedy(kind))
 
 
 def doctor() -> str:
-    """A text that tells which backends exist, which one each op uses on each device, and how to get faster ones."""
+    """Which backends exist, which one each op uses on each device, and how to get the faster ones."""
     lines = [
         f"gpstoken_diffusers {_version('gpstoken_diffusers')} at {Path(gpstoken_diffusers.__path__[0])}",
         f"  Python {platform.python_version()} on {platform.system()} {platform.machine()}; "
         + ", ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "diffusers", "transformers")),
-        f"  devices: {', '.join(_devices())}; {torch.get_num_threads()} CPU threads (torch.get_num_threads())",
+        f"  devices: {', '.join(_devices())}; CPU threads: {torch.get_num_threads()} (torch.set_num_threads)",
         "",
         "native libraries",
     ]
     for kind in _SIGNATURES:
         lib = library(kind)
         if lib is None:
-            lines += [f"  {kind:<5} missing: {why_missing(kind)}", f"        {_remedy(kind)}"]
+            lines.append(f"  {kind:<5} missing: {why_missing(kind)}")
+            needed = kind == "cpu" or torch.cuda.is_available()
+            lines.append("        " + (_remedy(kind) if needed else "Not needed: torch sees no CUDA device."))
         else:
             isa = f", instruction set: {lib.gpstoken_cpu_isa().decode()}" if kind == "cpu" else ""
             lines.append(f"  {kind:<5} {lib._name}{isa}")
@@ -171,8 +175,8 @@ def _remedy(kind: str) -> str:
             "cmake --install build --prefix gpstoken_diffusers"
         )
     else:
-        how = "from the source folder: pip install --force-reinstall --no-deps --no-cache-dir ."
-    return f"To get it, install {needs}, then run, {how}"
+        how = "in the source folder: pip install --force-reinstall --no-deps --no-cache-dir ."
+    return f"To get it, install {needs}, then run, {how}."
 
 
 def _file_name(kind: str) -> str:
@@ -183,7 +187,7 @@ def _file_name(kind: str) -> str:
 
 @functools.cache
 def _load(kind: str) -> tuple[ctypes.CDLL | None, str]:
-    """(library, "") or (None, reason). An editable install gives the package several folders: all are searched."""
+    """(library, "") or (None, reason). Searches all folders of the package: editable installs have several."""
     if kind not in _SIGNATURES:
         raise ValueError(f"native library {kind!r}: expected one of {', '.join(_SIGNATURES)}.")
     name = _file_name(kind)

@@ -21,6 +21,7 @@ __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partiti
 
 SMALLEST_SIDE = 2  # px: the coordinates of a one-pixel axis and the width of its Gaussians would be undefined
 SMALLEST_MIN_REGION_SIZE = 2  # px: with less, regions one pixel wide would appear
+LARGEST_EXPONENT = 100  # an entropy is at most 8 bits, so complexities stay finite
 OVERSHOOT = 2.0  # largest grey value that is taken for a picture in [-1, 1], not for one on another scale
 
 
@@ -84,8 +85,8 @@ def max_tokens(height: int, width: int, min_region_size: int = 8) -> int:
         raise _too_small(height, width)
     if min_region_size < SMALLEST_MIN_REGION_SIZE:
         raise ValueError(
-            f"min_region_size={min_region_size}: expected at least {SMALLEST_MIN_REGION_SIZE} px; the official "
-            "models use 8."
+            f"min_region_size={min_region_size}: expected at least {SMALLEST_MIN_REGION_SIZE} px "
+            "(the official models use 8)."
         )
     return _count_leaves(min(height, width), max(height, width), min_region_size)
 
@@ -119,7 +120,7 @@ def partition_image(
         num_tokens: from 1 to `max_tokens(H, W, min_region_size)`.
         min_region_size: px; a region is split while its longer side, less 1, exceeds this. At least 2.
         entropy_exponent: the complexity of a region is (entropy of its gradients) ** entropy_exponent * area.
-            Smaller values divide more evenly. At least 0.
+            Smaller values divide more evenly. From 0 to 100.
         importance: (H, W) for all images, or (B, H, W); boolean, or floats in [0, 1]: where tokens are
             wanted.
         importance_strength: at least 0. Each pixel adds strength * importance * (the image's own complexity
@@ -147,25 +148,30 @@ def partition_image(
             f"num_tokens={num_tokens}: an image of {height} x {width} px can be divided into 1 to {largest} "
             f"tokens with min_region_size={min_region_size}."
         )
-    for name, value in (("entropy_exponent", entropy_exponent), ("importance_strength", importance_strength)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value}: expected a finite number, at least 0.")
+    if not 0 <= entropy_exponent <= LARGEST_EXPONENT:
+        raise ValueError(f"entropy_exponent={entropy_exponent}: expected 0 to {LARGEST_EXPONENT}.")
+    if not (math.isfinite(importance_strength) and importance_strength >= 0):
+        raise ValueError(f"importance_strength={importance_strength}: expected a finite number, at least 0.")
 
     bias = None
     if complexity_bias is not None:
         bias = _map_batch("complexity_bias", complexity_bias, grey.shape)
     if importance is not None:
         drawn = _map_batch("importance", importance, grey.shape)
-        if drawn.min() < 0 or drawn.max() > 1:
+        if drawn.size and (drawn.min() < 0 or drawn.max() > 1):
             raise ValueError(
-                f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}. Scale the "
-                "map, and set how much it counts by importance_strength."
+                f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}. "
+                "Scale the map, and set how much it counts by importance_strength."
             )
         drawn = drawn * _complexity_per_pixel(grey, entropy_exponent) * importance_strength
         bias = drawn if bias is None else bias + drawn
     if bias is not None:
-        bias = np.ascontiguousarray(np.broadcast_to(bias, grey.shape), dtype=np.float32)
+        with np.errstate(over="ignore"):
+            bias = np.ascontiguousarray(np.broadcast_to(bias, grey.shape), dtype=np.float32)
+        if not np.isfinite(bias).all():
+            raise ValueError("complexity_bias or importance_strength is too large for float32.")
 
+    min_region_size = min(min_region_size, max(height, width))  # the same, and it fits the C interface's int
     regions = torch.from_numpy(_regions(grey, num_tokens, min_region_size, float(entropy_exponent), bias))
     geometry = initial_gaussians(regions, height, width)
     return Partition(regions.to(device), geometry.to(device))

@@ -1,5 +1,4 @@
-"""The definition of the adaptive partition, in NumPy: plain and slow; the native library is tested against
-it.
+"""The definition of the adaptive partition, in plain NumPy; the native library is tested against it.
 
 An image starts as one region. As long as there are fewer regions than tokens wanted, the most complex region
 that can still be split is cut in half; its two halves join the end of the list. Every final region becomes

@@ -1,8 +1,9 @@
 """`splat_gaussians`: tokens to a feature map, with a native version for the CPU and for CUDA.
 
-Registered as the operators `gpstoken::splat_gaussians` and `gpstoken::splat_gaussians_backward`, with fake kernels and
-autograd, so that `torch.compile(fullgraph=True)` takes them. `ops/splat_reference.py` defines the result and runs
-wherever no native library does: other devices, float64, or a package that was built without a compiler.
+Registered as the operators `gpstoken::splat_gaussians` and `gpstoken::splat_gaussians_backward`, with fake
+kernels and autograd, so that `torch.compile(fullgraph=True)` takes them. `ops/splat_reference.py` defines the
+result and runs wherever no native library does: other devices, float64, or a package that was built without a
+compiler.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from . import native
-from .splat_reference import splat_gaussians_backward_reference, splat_gaussians_reference
+from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.splat_reference import (
+    splat_gaussians_backward_reference,
+    splat_gaussians_reference,
+)
 
 __all__ = ["splat_gaussians"]
 
@@ -24,9 +28,10 @@ def splat_gaussians(geometry: Tensor, texture: Tensor, height: int, width: int, 
     """Paints tokens into a feature map: at each pixel the sum over tokens of weight times texture.
 
     Args:
-        geometry: (B, N, 5) = sigma_x, sigma_y, rho, x, y in [-1, 1] coordinates of the image, where -1 and 1 are the
-            centres of the first and last pixel. sigma > 0, |rho| < 1; a token that is not finite or outside these
-            ranges paints nothing and gets zero gradients. Always evaluated in float32 (or float64 if given so).
+        geometry: (B, N, 5) = sigma_x, sigma_y, rho, x, y in [-1, 1] coordinates of the image, where -1 and 1
+            are the centres of the first and last pixel. sigma > 0, |rho| < 1; a token that is not finite or
+            outside these ranges paints nothing and gets zero gradients. Always evaluated in float32 (or
+            float64 if given so).
         texture: (B, N, C), float32, float16, bfloat16 (summed in float32) or float64.
         height, width: size of the map in pixels, at least 1.
         support: half size of a token's box in sigmas; outside it the weight is 0.
@@ -34,18 +39,19 @@ def splat_gaussians(geometry: Tensor, texture: Tensor, height: int, width: int, 
     Returns:
         (B, C, height, width) in texture's dtype. N = 0 gives zeros.
 
-    The weight is exp(-(u^2 - 2 rho u v + v^2) / (2 (1 - rho^2))) with u = (px - x) / sigma_x, v = (py - y) / sigma_y;
-    gradients are those of this formula with the box held fixed. On the CPU and on CUDA results repeat bit for bit,
-    whatever the number of threads.
+    The weight is exp(-(u^2 - 2 rho u v + v^2) / (2 (1 - rho^2))) with u = (px - x) / sigma_x, v = (py - y) /
+    sigma_y; gradients are those of this formula with the box held fixed. On the CPU and on CUDA results
+    repeat bit for bit, whatever the number of threads.
 
     Raises:
         TypeError: an input is not a floating-point tensor.
-        ValueError: shapes or devices do not fit together, a size below 1, or a support that is not positive and finite.
+        ValueError: shapes or devices do not fit together, a size below 1, or a support that is not positive
+        and finite.
     """
     _check(geometry, texture, height, width, support)
     if geometry.dtype != torch.float64:
         geometry = geometry.float()
-    return _splat(geometry, texture, height, width, float(support))
+    return torch.ops.gpstoken.splat_gaussians(geometry, texture, height, width, float(support))
 
 
 def _check(geometry: Tensor, texture: Tensor, height: int, width: int, support: float) -> None:
@@ -60,8 +66,8 @@ def _check(geometry: Tensor, texture: Tensor, height: int, width: int, support: 
         )
     if texture.ndim != 3 or texture.shape[:2] != geometry.shape[:2]:
         raise ValueError(
-            f"texture: expected shape (batch, tokens, channels) = ({geometry.shape[0]}, {geometry.shape[1]}, any) as "
-            f"geometry has it, got {tuple(texture.shape)}."
+            "texture: expected shape (batch, tokens, channels) with geometry's "
+            f"({geometry.shape[0]}, {geometry.shape[1]}, any), got {tuple(texture.shape)}."
         )
     if geometry.device != texture.device:
         raise ValueError(f"geometry is on {geometry.device} but texture on {texture.device}: move one of them.")
@@ -71,15 +77,30 @@ def _check(geometry: Tensor, texture: Tensor, height: int, width: int, support: 
         raise ValueError(f"support must be a positive number of sigmas, got {support}.")
 
 
+# The operators are registered at the dispatcher itself: torch.library.custom_op would do the same, but its
+# first call imports torch._dynamo, which takes seconds.
+_FORWARD, _BACKWARD = "gpstoken::splat_gaussians", "gpstoken::splat_gaussians_backward"
+torch.library.define(
+    _FORWARD,
+    "(Tensor geometry, Tensor texture, SymInt height, SymInt width, float support) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor geometry, Tensor texture, Tensor grad_out, float support) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
 # ---- forward ----
 
 
-@torch.library.custom_op("gpstoken::splat_gaussians", mutates_args=())
-def _splat(geometry: Tensor, texture: Tensor, height: int, width: int, support: float) -> Tensor:
+@torch.library.impl(_FORWARD, "default")
+def _(geometry: Tensor, texture: Tensor, height: int, width: int, support: float) -> Tensor:
     return splat_gaussians_reference(geometry, texture, height, width, support)
 
 
-@_splat.register_kernel(("cpu", "cuda"))
+@torch.library.impl(_FORWARD, ("cpu", "cuda"))
 def _(geometry: Tensor, texture: Tensor, height: int, width: int, support: float) -> Tensor:
     if not _native_serves(geometry, texture):
         return splat_gaussians_reference(geometry, texture, height, width, support)
@@ -89,7 +110,7 @@ def _(geometry: Tensor, texture: Tensor, height: int, width: int, support: float
     return out
 
 
-@_splat.register_fake
+@torch.library.register_fake(_FORWARD)
 def _(geometry: Tensor, texture: Tensor, height: int, width: int, support: float) -> Tensor:
     return texture.new_empty((texture.shape[0], texture.shape[2], height, width))
 
@@ -97,22 +118,23 @@ def _(geometry: Tensor, texture: Tensor, height: int, width: int, support: float
 # ---- backward ----
 
 
-@torch.library.custom_op("gpstoken::splat_gaussians_backward", mutates_args=())
-def _splat_backward(geometry: Tensor, texture: Tensor, grad_out: Tensor, support: float) -> tuple[Tensor, Tensor]:
+@torch.library.impl(_BACKWARD, "default")
+def _(geometry: Tensor, texture: Tensor, grad_out: Tensor, support: float) -> tuple[Tensor, Tensor]:
     return splat_gaussians_backward_reference(geometry, texture, grad_out, support)
 
 
-@_splat_backward.register_kernel(("cpu", "cuda"))
+@torch.library.impl(_BACKWARD, ("cpu", "cuda"))
 def _(geometry: Tensor, texture: Tensor, grad_out: Tensor, support: float) -> tuple[Tensor, Tensor]:
     if not _native_serves(geometry, texture):
         return splat_gaussians_backward_reference(geometry, texture, grad_out, support)
     geometry, texture, grad_out = geometry.contiguous(), texture.contiguous(), grad_out.contiguous()
     grad_geometry, grad_texture = torch.empty_like(geometry), torch.empty_like(texture)
-    _call_native("backward", [geometry, texture, grad_out, grad_geometry, grad_texture], grad_out, texture, support)
+    tensors = [geometry, texture, grad_out, grad_geometry, grad_texture]
+    _call_native("backward", tensors, grad_out, texture, support)
     return grad_geometry, grad_texture
 
 
-@_splat_backward.register_fake
+@torch.library.register_fake(_BACKWARD)
 def _(geometry: Tensor, texture: Tensor, grad_out: Tensor, support: float) -> tuple[Tensor, Tensor]:
     return geometry.new_empty(geometry.shape), texture.new_empty(texture.shape)
 
@@ -123,11 +145,11 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _autograd_backward(ctx, grad_out: Tensor) -> tuple:
-    geometry, texture = ctx.saved_tensors
-    return *_splat_backward(geometry, texture, grad_out, ctx.support), None, None, None
+    gradients = torch.ops.gpstoken.splat_gaussians_backward(*ctx.saved_tensors, grad_out, ctx.support)
+    return *gradients, None, None, None
 
 
-_splat.register_autograd(_autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd(_FORWARD, _autograd_backward, setup_context=_setup_context)
 
 
 # ---- the native libraries ----
@@ -145,7 +167,7 @@ def _native_serves(geometry: Tensor, texture: Tensor) -> bool:
 
 
 def _call_native(direction: str, tensors: list[Tensor], image: Tensor, texture: Tensor, support: float) -> None:
-    """Calls gpstoken_splat_<direction>_<device>; image: (B, C, H, W), the map or its gradient. All contiguous."""
+    """Calls gpstoken_splat_<direction>_<device>. image: the map or its gradient. All tensors contiguous."""
     device = texture.device
     function = f"gpstoken_splat_{direction}_{device.type}"
     pointers = [tensor.data_ptr() for tensor in tensors]

@@ -1,17 +1,18 @@
 """The definition of `splat_gaussians` and of its gradient, in plain PyTorch for every device.
 
-A token has geometry (sigma_x, sigma_y, rho, x, y) in [-1, 1] coordinates of the image. At the pixel centre (px, py),
-with u = (px - x) / sigma_x and v = (py - y) / sigma_y, its weight is
+A token has geometry (sigma_x, sigma_y, rho, x, y) in [-1, 1] coordinates of the image. At the pixel centre
+(px, py), with u = (px - x) / sigma_x and v = (py - y) / sigma_y, its weight is
 
-    exp(-(u^2 - 2 rho u v + v^2) / (2 (1 - rho^2)))    where |px - x| <= support sigma_x and |py - y| <= support sigma_y,
+    exp(-(u^2 - 2 rho u v + v^2) / (2 (1 - rho^2)))    where |px - x| <= support sigma_x and |py - y| <=
+    support sigma_y,
 
-else 0, and the map is the sum over tokens of weight times texture. The exponent is evaluated as -(q^2 + v^2) / 2 with
-q = k (u - rho v) and k = 1 / sqrt(1 - rho^2): the same number, without cancellation where |rho| is near 1. Gradients
-are those of this formula with the box held fixed.
+else 0, and the map is the sum over tokens of weight times texture. The exponent is evaluated as -(q^2 + v^2)
+/ 2 with q = k (u - rho v) and k = 1 / sqrt(1 - rho^2): the same number, without cancellation where |rho| is
+near 1. Gradients are those of this formula with the box held fixed.
 
-A token paints nothing, and has zero gradients, if its geometry is not finite, a sigma is not a positive (normal)
-number, or |rho| >= 1. Everything is dense, weights (pixels, tokens) times texture (tokens, channels), in bands of rows
-that bound the memory.
+A token paints nothing, and has zero gradients, if its geometry is not finite, a sigma is not a positive
+(normal) number, or |rho| >= 1. Everything is dense, weights (pixels, tokens) times texture (tokens,
+channels), in bands of rows that bound the memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _WEIGHTS_PER_BAND = 2**23  # elements of the largest intermediate: 32 MB in floa
 
 
 def pixel_centers(n: int, device: torch.device | str | None = None) -> Tensor:
-    """Coordinates (n,) of an axis of n samples, float32: 2 i / (n - 1) - 1 rounded once from float64; 0 if n = 1."""
+    """Coordinates (n,) of an axis of n samples, float32: 2 i / (n - 1) - 1 rounded once; 0 if n = 1."""
     if n == 1:
         return torch.zeros(1, device=device)
     # On the CPU, because not every device has float64.
@@ -54,7 +55,7 @@ def splat_gaussians_reference(
 def splat_gaussians_backward_reference(
     geometry: Tensor, texture: Tensor, grad_out: Tensor, support: float = 3.0
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(map * grad_out): grad_out (B, C, H, W) -> (B, N, 5) and (B, N, C), each in its input's dtype."""
+    """Gradients of sum(map * grad_out) for grad_out (B, C, H, W): (B, N, 5) and (B, N, C)."""
     dtype = _compute_dtype(geometry, texture)
     shape, colors, grad = geometry.to(dtype), texture.to(dtype), grad_out.to(dtype)
     sigma_x, sigma_y, rho, _, _ = shape.unbind(-1)
@@ -99,10 +100,8 @@ def _paints(geometry: Tensor) -> Tensor:
     return geometry.isfinite().all(-1) & positive & (rho.abs() < 1)
 
 
-def _bands(
-    geometry: Tensor, height: int, width: int, support: float
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Bands of rows: (rows, weight (B, R, W, N), q (B, R, W, N), v (B, R, N)); q and v are 0 outside the box."""
+def _bands(geometry: Tensor, height: int, width: int, support: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Bands of R rows: (rows, weight (B, R, W, N), q (B, R, W, N), v (B, R, N))."""
     paints = _paints(geometry)
     harmless = geometry.new_tensor([1.0, 1.0, 0.0, 0.0, 0.0])
     # One token each as (B, 1, N), to broadcast over the pixels of an axis.

@@ -54,15 +54,17 @@ def run(command: list[str]) -> str:
 class SplatLibrary:
     """Calls gpstoken_splat_{forward,backward}_cuda of a library, the real one or the emulated one.
 
-    Outputs start as NaN, so an element that is not written shows. A launch that fails raises RuntimeError.
+    Outputs start as NaN, so an element that is not written shows, unless `poison` is false: to measure the
+    kernels alone. A launch that fails raises RuntimeError.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, poison: bool = True) -> None:
         pointer, sizes = ctypes.c_void_p, [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int]
         library.gpstoken_splat_forward_cuda.argtypes = [pointer] * 3 + sizes + [pointer]
         library.gpstoken_splat_backward_cuda.argtypes = [pointer] * 5 + sizes + [pointer]
         library.gpstoken_cuda_error_string.restype = ctypes.c_char_p
         self.library = library
+        self.poison = poison
 
     def _call(self, function: str, tensors: list[Tensor], sizes: list[int], support: float) -> None:
         image = tensors[2]
@@ -70,19 +72,16 @@ class SplatLibrary:
         pointers = [tensor.data_ptr() for tensor in tensors]
         code = getattr(self.library, function)(*pointers, *sizes, support, DTYPE_CODES[image.dtype], stream)
         if code != 0:
-            text = (
-                self.library.gpstoken_cuda_error_string(code - 1000).decode()
-                if code >= 1000
-                else "bad argument"
-            )
+            text = self.library.gpstoken_cuda_error_string(code - 1000).decode() if code >= 1000 else "bad argument"
             raise RuntimeError(f"{function} failed with code {code}: {text}")
 
-    def forward(
-        self, geometry: Tensor, texture: Tensor, height: int, width: int, support: float = 3.0
-    ) -> Tensor:
+    def _output(self, tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if self.poison else tensor
+
+    def forward(self, geometry: Tensor, texture: Tensor, height: int, width: int, support: float = 3.0) -> Tensor:
         """(B, N, 5) float32, (B, N, C) -> (B, C, height, width), all dense."""
         batch, count, channels = texture.shape
-        out = texture.new_full((batch, channels, height, width), float("nan"))
+        out = self._output(texture.new_empty((batch, channels, height, width)))
         sizes = [batch, count, channels, height, width]
         self._call("gpstoken_splat_forward_cuda", [geometry, texture, out], sizes, support)
         return out
@@ -91,7 +90,7 @@ class SplatLibrary:
         self, geometry: Tensor, texture: Tensor, grad_out: Tensor, support: float = 3.0
     ) -> tuple[Tensor, Tensor]:
         """grad_out (B, C, H, W) -> gradients (B, N, 5) and (B, N, C)."""
-        grads = torch.full_like(geometry, float("nan")), torch.full_like(texture, float("nan"))
+        grads = self._output(torch.empty_like(geometry)), self._output(torch.empty_like(texture))
         sizes = [*texture.shape, *grad_out.shape[2:]]
         self._call("gpstoken_splat_backward_cuda", [geometry, texture, grad_out, *grads], sizes, support)
         return grads
