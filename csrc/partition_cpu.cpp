@@ -31,24 +31,34 @@ namespace {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #define GPSTOKEN_X86_DISPATCH 1
 namespace avx512 {
+#define GPSTOKEN_FMA(a, b, c) __builtin_fmaf(a, b, c)
 #define GPSTOKEN_VECTOR_BYTES 64
 #define GPSTOKEN_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #include "partition_cpu_kernel.h"
+#undef GPSTOKEN_FMA
 #undef GPSTOKEN_TARGET
 #undef GPSTOKEN_VECTOR_BYTES
 }  // namespace avx512
 namespace avx2 {
+#define GPSTOKEN_FMA(a, b, c) __builtin_fmaf(a, b, c)
 #define GPSTOKEN_VECTOR_BYTES 32
 #define GPSTOKEN_TARGET __attribute__((target("avx2,fma")))
 #include "partition_cpu_kernel.h"
+#undef GPSTOKEN_FMA
 #undef GPSTOKEN_TARGET
 #undef GPSTOKEN_VECTOR_BYTES
 }  // namespace avx2
 #endif
 namespace baseline {
+#if defined(__FP_FAST_FMAF)
+#define GPSTOKEN_FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define GPSTOKEN_FMA(a, b, c) ((a) * (b) + (c))
+#endif
 #define GPSTOKEN_VECTOR_BYTES 0
 #define GPSTOKEN_TARGET
 #include "partition_cpu_kernel.h"
+#undef GPSTOKEN_FMA
 #undef GPSTOKEN_TARGET
 #undef GPSTOKEN_VECTOR_BYTES
 }  // namespace baseline

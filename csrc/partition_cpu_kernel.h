@@ -1,6 +1,8 @@
 // The loops over a region's samples. partition_cpu.cpp includes this once per instruction set, inside a namespace,
 // with
 //   GPSTOKEN_TARGET        the function attribute that switches the instruction set on (may be empty)
+//   GPSTOKEN_FMA(a, b, c)  a * b + c, fused if the instruction set can do that (the compiler itself is told to fuse
+//                          nothing in this file, to keep the definition's roundings)
 //   GPSTOKEN_VECTOR_BYTES  bytes per vector register, 0 for one that is not known to compare many bytes at a time
 // No include guard, therefore. Most loops are plain: compilers turn them into vector code.
 //
@@ -27,8 +29,8 @@ GPSTOKEN_TARGET inline void filter_rows_by_phase(const View& view, Scratch& scra
             float* GPSTOKEN_RESTRICT difference = scratch.difference[s] + phase * kSize;
             float* GPSTOKEN_RESTRICT smoothed = scratch.smoothed[s] + phase * kSize;
             for (int k = 0; k < kSize; ++k) {
-                difference[k] = d0 * p[k] + d1 * p[k + 1] + d2 * p[k + 2];
-                smoothed[k] = s0 * p[k] + s1 * p[k + 1] + s2 * p[k + 2];
+                difference[k] = GPSTOKEN_FMA(d0, p[k], GPSTOKEN_FMA(d1, p[k + 1], d2 * p[k + 2]));
+                smoothed[k] = GPSTOKEN_FMA(s0, p[k], GPSTOKEN_FMA(s1, p[k + 1], s2 * p[k + 2]));
             }
         }
     }
@@ -76,22 +78,22 @@ GPSTOKEN_TARGET inline void find_bins(const Axis& down, Scratch& scratch) {
         for (int j = 0; j < kSamples; ++j) {
             float gradient_x = 0.0f, gradient_y = 0.0f;
             for (int k = 0; k < kTaps; ++k) {
-                gradient_x += smooth[k] * difference[k][j];
-                gradient_y += differ[k] * smoothed[k][j];
+                gradient_x = GPSTOKEN_FMA(smooth[k], difference[k][j], gradient_x);
+                gradient_y = GPSTOKEN_FMA(differ[k], smoothed[k][j], gradient_y);
             }
             // The square root by way of its inverse, since compilers do not vectorise sqrtf while it may set errno.
             // The first guess halves the exponent; zero stays zero.
-            const float square = gradient_x * gradient_x + gradient_y * gradient_y;
+            const float square = GPSTOKEN_FMA(gradient_x, gradient_x, gradient_y * gradient_y);
             int32_t bits;
             std::memcpy(&bits, &square, sizeof(bits));
             bits = 0x5f3759df - (bits >> 1);
             float inverse;
             std::memcpy(&inverse, &bits, sizeof(inverse));
-            inverse *= 1.5f - 0.5f * square * (inverse * inverse);
+            inverse *= GPSTOKEN_FMA(-0.5f * square, inverse * inverse, 1.5f);
             const float root = square * inverse;
-            const float position = root * (1.5f * kBinsPerUnit - root * (inverse * (0.5f * kBinsPerUnit)));
-            const int32_t least = static_cast<int32_t>(position * (1.0f - kRelativeError) - kError);
-            const int32_t most = static_cast<int32_t>(position * (1.0f + kRelativeError) + kError);
+            const float position = root * GPSTOKEN_FMA(root, inverse * (-0.5f * kBinsPerUnit), 1.5f * kBinsPerUnit);
+            const int32_t least = static_cast<int32_t>(GPSTOKEN_FMA(position, 1.0f - kRelativeError, -kError));
+            const int32_t most = static_cast<int32_t>(GPSTOKEN_FMA(position, 1.0f + kRelativeError, kError));
             row[j] = least == most ? least : kDoubtful;
         }
         uint8_t* bins = scratch.bins + i * kSamples;

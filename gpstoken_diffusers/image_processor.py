@@ -151,6 +151,8 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             with Image.open(path) as image:
                 image.load()
                 return _upright_rgb(image, background)
+        except PermissionError:
+            raise
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not an image in a format that Pillow reads.") from error
         except Image.DecompressionBombError as error:

@@ -39,7 +39,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     Gaussian window of 11 x 11 and sigma 1.5, K1 = 0.01, K2 = 0.03, population covariances. The mean leaves
     out the 5 pixels at each edge where the window does not fit, and each channel counts as an image.
-    scikit-image gives the same for `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`.
+    scikit-image gives the same for the pictures in [0, 1] or in 8 bits, with `gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False` and the data range that belongs to them.
 
     Args:
         a: (B, C, H, W) floating point, in [-1, 1], H and W at least 11.
@@ -59,7 +60,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
             f"SSIM needs images of at least {window} x {window} pixels, not {tuple(a.shape[-2:])}"
         )
     # One channel at a time: the twelve maps of a large image in float64 would take gigabytes.
-    channels = [_ssim_of_planes(_float64(a[:, c]), _float64(b[:, c])) for c in range(a.shape[1])]
+    # SSIM compares means as ratios, so black must be 0, not -1: [-1, 1] is moved to [0, 2].
+    channels = [_ssim_of_planes(_float64(a[:, c]) + 1, _float64(b[:, c]) + 1) for c in range(a.shape[1])]
     return torch.stack(channels).mean(dim=0)
 
 

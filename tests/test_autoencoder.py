@@ -305,3 +305,21 @@ def test_bad_calls_say_what_was_expected(name):
 def test_bad_configurations(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny_model("map", **overrides)
+
+
+def test_other_models_and_pickles_are_refused(tmp_path):
+    model = tiny_model("map")
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    assert str(tmp_path) not in config.read_text()
+    loaded = AutoencoderGPSToken.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        AutoencoderGPSToken.from_pretrained(tmp_path)
+    config.write_text(config.read_text().replace("AutoencoderGPSToken", "AutoencoderKL"))
+    with pytest.raises(ValueError, match="holds a AutoencoderKL"):
+        AutoencoderGPSToken.from_pretrained(tmp_path)

@@ -27,11 +27,12 @@ def test_both_equal_scikit_image(size):
     a = photographs(*size)
     b = degraded(a)
     for image in range(3):
-        channels = [pixels[image].permute(1, 2, 0).double().numpy() for pixels in (a, b)]
-        expected_psnr = peak_signal_noise_ratio(*channels, data_range=2)
+        # The pictures as scikit-image's users have them, in [0, 1].
+        channels = [(pixels[image].permute(1, 2, 0).double().numpy() + 1) / 2 for pixels in (a, b)]
+        expected_psnr = peak_signal_noise_ratio(*channels, data_range=1)
         expected_ssim = structural_similarity(
             *channels,
-            data_range=2,
+            data_range=1,
             channel_axis=2,
             gaussian_weights=True,
             sigma=1.5,
@@ -50,9 +51,11 @@ def test_psnr_by_hand():
 
 
 def test_ssim_by_hand():
-    # Constant images have no structure: (2 a b + C1) / (a^2 + b^2 + C1), C1 = (0.01 * 2)^2.
+    # Constant images have no structure: (2 a b + C1) / (a^2 + b^2 + C1), C1 = 0.01^2, a and b counted from black in
+    # units of the whole range: 0.625 and 0.25.
     a, b = torch.full((1, 1, 16, 16), 0.25), torch.full((1, 1, 16, 16), -0.5)
-    assert ssim(a, b).item() == pytest.approx((-0.25 + 4e-4) / (0.3125 + 4e-4), rel=1e-12)
+    expected = (2 * 0.625 * 0.25 + 1e-4) / (0.625**2 + 0.25**2 + 1e-4)
+    assert ssim(a, b).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_identical_images():

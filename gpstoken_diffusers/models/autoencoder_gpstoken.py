@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 TILES_AT_ONCE = 4
 MERGED_WINDOW_TILES = 4
 
+# What tells `from_pretrained` where a folder or a Hub repository is.
+_LOCATION_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+
 
 @dataclass
 class AutoencoderGPSTokenOutput(BaseOutput):
@@ -472,23 +477,38 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
             raise ValueError(f"The configuration does not fit AutoencoderGPSToken: {error}.") from error
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         convert.check_against_model(converted, expected, str(path))
+        converted = {name: tensor.to(dtype or torch.float32) for name, tensor in converted.items()}
         model.load_state_dict(converted, assign=True)
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        return model.to(dtype or torch.float32).eval()
+        return model.requires_grad_(True).eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> AutoencoderGPSToken:
-        """Loads a folder that `save_pretrained` wrote; arguments as diffusers' `ModelMixin.from_pretrained`.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> AutoencoderGPSToken:
+        """Loads a folder or Hub repository that `save_pretrained` wrote; arguments as in diffusers' `ModelMixin`.
 
-        Raises OSError where the folder lacks weights that the model needs: diffusers only warns, and leaves them empty.
+        Safetensors only: diffusers would fall back to a pickle where there is no safetensors file.
+
+        Raises:
+            ValueError: the folder holds another class of model.
+            OSError: no such folder, no configuration or weights in it, or weights that the model needs are missing
+                (diffusers only warns, and leaves them empty).
         """
+        kwargs["use_safetensors"] = True
+        where = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
+        class_name = cls.load_config(pretrained_model_name_or_path, **where).get("_class_name")
+        if class_name != cls.__name__:
+            raise ValueError(f"{pretrained_model_name_or_path} holds a {class_name}, not an {cls.__name__}.")
         model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
         empty = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
         if empty:
             raise OSError(
-                f"{pretrained_model_name_or_path} lacks {len(empty)} of the model's weights "
-                f"({json.dumps(empty[:10])}...). The folder is incomplete, or its config.json is of another model."
+                f"{pretrained_model_name_or_path} lacks {len(empty)} of the model's weights ({', '.join(empty[:10])}"
+                f"{', ...' if len(empty) > 10 else ''}). The folder is incomplete, or its config.json is another's."
             )
         return model
+
+    def to_json_string(self) -> str:
+        """The configuration as it is saved; without the local path that diffusers would put into it."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -61,9 +61,9 @@ class RegionCells(nn.Module):
 class PooledRegionReader(nn.Module):
     """One learned pooling of a region's cells for each transformer block, as the released checkpoints do.
 
-    They embed each cell by a 1x1 convolution to the transformer's width, then each block pools the cells with
-    weights of its own. Both steps are linear, so they commute: here the cells are pooled first, in the stem's channels, which is
-    the same function at less than half the arithmetic and a quarter of the memory.
+    They embed each cell by a 1x1 convolution to the transformer's width, then each block pools the cells with weights
+    of its own. Both steps are linear, so they commute: here the cells are pooled first, in the stem's channels, which
+    is the same function at less than half the arithmetic and a quarter of the memory.
 
     Shapes: cells (B N, channels, cells) -> (num_layers, B N, hidden_size).
     """
