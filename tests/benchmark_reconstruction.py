@@ -69,11 +69,16 @@ def resident_mb(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
+def forget_peak() -> None:
+    """Starts the account of this process's peak memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(path: str) -> None:
     """Prints by how much one reconstruction raises this process's memory at its peak, in MB."""
     with torch.no_grad():
         run = prepare(path)
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak that building the model reached
+        forget_peak()  # building the model reached more
         before = resident_mb("VmRSS")
         run()
     print(json.dumps(resident_mb("VmHWM") - before))

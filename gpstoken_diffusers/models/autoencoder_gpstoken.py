@@ -30,10 +30,11 @@ from .stem import ImageStem
 
 logger = logging.getLogger(__name__)
 
-# Tiles that pass through the networks at once when an image has several, and the side, in tiles, of the square that a
-# merged decoding covers at once. Together they bound the memory, whatever the image's size.
+# Tiles that pass through the networks at once when an image has several, and the side, in tiles, of the window that a
+# merged or a local decoding covers at once. Together they bound the memory, whatever the image's size.
 TILES_AT_ONCE = 4
 MERGED_WINDOW_TILES = 4
+LOCAL_WINDOW_TILES = 2
 
 # What tells `from_pretrained` where a folder or a Hub repository is.
 _LOCATION_ARGUMENTS = (
@@ -383,22 +384,22 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
         return torch.cat(parts)
 
     def _decode_local_windows(self, geometry: Tensor, texture: Tensor, tile_grid: tuple[int, int]) -> Tensor:
-        """Tile by tile with as much of the map around it as the convolutions look at: the same picture."""
-        decoder, map_size = self.decoder, self.config.map_size
-        rows, cols = tile_grid
-        halo, upscale = decoder.receptive_px, decoder.upscale
-        feature_map = decoder.paint(geometry, texture, (rows * map_size, cols * map_size)).to(self.dtype)
-        height, width = feature_map.shape[-2:]
-        canvas_shape = (len(geometry), self.config.out_channels, height * upscale, width * upscale)
-        canvas = feature_map.new_empty(canvas_shape)
-        for top in range(0, height, map_size):
-            for left in range(0, width, map_size):
+        """Window by window with as much of the map around it as the convolutions look at: the same picture."""
+        decoder, (rows, cols) = self.decoder, tile_grid
+        height, width = rows * self.config.map_size, cols * self.config.map_size
+        halo, upscale, side = decoder.receptive_px, decoder.upscale, LOCAL_WINDOW_TILES * self.config.map_size
+        feature_map = decoder.paint(geometry, texture, (height, width)).to(self.dtype)
+        canvas = feature_map.new_empty(len(geometry), self.config.out_channels, height * upscale, width * upscale)
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                bottom, right = min(top + side, height), min(left + side, width)
                 y0, x0 = max(top - halo, 0), max(left - halo, 0)
-                window = feature_map[..., y0 : top + map_size + halo, x0 : left + map_size + halo]
+                window = feature_map[..., y0 : bottom + halo, x0 : right + halo]
                 picture = decoder.render(window.contiguous(memory_format=torch.channels_last))
-                y, x, side = (top - y0) * upscale, (left - x0) * upscale, map_size * upscale
-                canvas[..., top * upscale : top * upscale + side, left * upscale : left * upscale + side] = picture[
-                    ..., y : y + side, x : x + side
+                canvas[..., top * upscale : bottom * upscale, left * upscale : right * upscale] = picture[
+                    ...,
+                    (top - y0) * upscale : (bottom - y0) * upscale,
+                    (left - x0) * upscale : (right - x0) * upscale,
                 ]
         return canvas
 
