@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .safe_files import open_safetensors
 
 # What the three released configurations share, and where they differ. Values of `AutoencoderGPSToken`'s constructor.
 _RELEASED = {
@@ -68,7 +68,7 @@ _COUNTER = re.compile(r"<(L|\d+)-(\d+)>")
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads a safetensors file; says clearly what is wrong with one that is not.
+    """All tensors of a safetensors file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -77,29 +77,8 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes). Download or copy it again.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            start = file.read(2)
-        # Pickles start with protocol opcode 0x80, torch's zip archives with "PK".
-        if start[:1] == b"\x80" or start == b"PK":
-            raise ValueError(
-                f"{path} is a pickle, not safetensors. Loading a pickle can run any code in it, so it is refused. "
-                "Convert it to safetensors on a machine where you trust it (safetensors.torch.save_file)."
-            ) from error
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). It may be truncated or of another format: "
-            "check its size against the source and download it again."
-        ) from error
-
-
-def is_official_autoencoder(names: Iterable[str]) -> bool:
-    """Whether the tensor names are those of an official GPSToken autoencoder, under whichever prefix."""
-    return _model_prefix(set(names)) is not None
+    with open_safetensors(path, advice="Download or copy it again.") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _model_prefix(names: set[str]) -> str | None:

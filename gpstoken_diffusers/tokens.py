@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+
+from .safe_files import open_safetensors, write_atomically
 
 GEOMETRY_CHANNELS = 5
 """Channels of a geometry, always in the order (sigma_x, sigma_y, rho, x, y)."""
@@ -28,8 +26,6 @@ FILE_FORMAT = "gpstoken.tokens"
 FILE_FORMAT_VERSION = 1
 
 _TEXTURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# torch.save's zip archive, and bare pickles of protocol 2 to 5.
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _HEADER_KEYS = ("format", "format_version", "image_size", "tile_grid", "canvas_size")
 
 
@@ -382,62 +378,27 @@ class GPSTokens:
         return _read(path, with_tensors=False)[0]
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, takes its name last.
-
-    Raises:
-        OSError: the folder is missing or not writable, or the disk is full; an older file is left as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:  # Ctrl-C too must leave no temporary file
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"cannot write the file ({error.strerror})", str(path)) from error
-        raise
-
-
 def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors of a tokens file, after checking that it is one (not that its values make sense)."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if not start:
-        raise ValueError(f"{path}: the file is empty (0 bytes). Encode the image again.")
-    if start.startswith(_PICKLE_STARTS):
-        raise ValueError(
-            f"{path}: this is a Python pickle (as torch.save writes), whatever its name says. Reading it "
-            "could run code, so it was not read. Tokens are written by GPSTokens.save and `gpstoken encode`."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            names = sorted(file.keys())
-            if header.get("format") != FILE_FORMAT:
-                shown = f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                raise ValueError(
-                    f"{path}: a safetensors file, but not of tokens: it holds {shown}. "
-                    "Tokens are written by GPSTokens.save and `gpstoken encode`."
-                )
-            version = header.get("format_version", "")
-            if not version.isdecimal():
-                raise ValueError(f"{path}: the tokens are damaged: their format version reads {version!r}.")
-            if int(version) > FILE_FORMAT_VERSION:
-                raise ValueError(
-                    f"{path}: tokens of format version {version}, but this program reads up to "
-                    f"{FILE_FORMAT_VERSION}. Upgrade it: pip install --upgrade gpstoken-diffusers"
-                )
-            # Copies, so that the file is not kept mapped into memory while the tokens live.
-            tensors = {name: file.get_tensor(name).clone() for name in names} if with_tensors else {}
-    except SafetensorError as error:
-        whole = "a truncated or damaged safetensors file" if start[8:] == b"{" else "not a safetensors file"
-        raise ValueError(f"{path}: {whole} ({error}). Copy it again, or encode the image again.") from error
+    with open_safetensors(path, advice="Encode the image again.") as file:
+        header = file.metadata() or {}
+        names = sorted(file.keys())
+        if header.get("format") != FILE_FORMAT:
+            shown = f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            raise ValueError(
+                f"{path}: a safetensors file, but not of tokens: it holds {shown}. "
+                "Tokens are written by GPSTokens.save and `gpstoken encode`."
+            )
+        version = header.get("format_version", "")
+        if not version.isdecimal():
+            raise ValueError(f"{path}: the tokens are damaged: their format version reads {version!r}.")
+        if int(version) > FILE_FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: tokens of format version {version}, but this program reads up to "
+                f"{FILE_FORMAT_VERSION}. Upgrade it: pip install --upgrade gpstoken-diffusers"
+            )
+        # Copies, so that the file is not kept mapped into memory while the tokens live.
+        tensors = {name: file.get_tensor(name).clone() for name in names} if with_tensors else {}
     return header, tensors
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+# Two threads that share a busy machine's cores with something else wait for each other most of the time.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 

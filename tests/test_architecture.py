@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower layers first; a file imports from its own layer or from lower ones.
 LAYERS = [
-    ("ops", "assets", "tokens", "tiling", "metrics", "convert"),
+    ("safe_files", "ops", "assets", "tokens", "tiling", "metrics", "convert"),
     ("image_processor", "visualization"),
     ("models", "schedulers"),
     ("training", "pipelines"),

@@ -124,8 +124,8 @@ def test_truncated_safetensors(keep, model_folder, refused, tmp_path):
     refused("decode", cut, "-o", tmp_path / "p.png", why=r"cut\.safetensors.*(empty|truncated|not a safetensors)")
 
     cut.write_bytes(whole["weights"][:keep])
-    refused("convert", cut, "-o", tmp_path / "folder", model=None, why=r"cut\.safetensors.*(empty|truncated)")
-    with pytest.raises(ValueError, match="empty|truncated"):
+    refused("convert", cut, "-o", tmp_path / "folder", model=None, why=r"cut\.safetensors.*(empty|truncated|not a safetensors)")
+    with pytest.raises(ValueError, match="empty|truncated|not a safetensors"):
         AutoencoderGPSToken.from_single_file(cut, preset="l256")
 
     folder = tmp_path / "model"
@@ -144,9 +144,9 @@ def test_pickle_renamed_to_safetensors(model_folder, refused, image, tmp_path):
         with renamed.open("wb") as file:
             write(Trap(sprung), file)
         refused("decode", renamed, "-o", tmp_path / "p.png", why="is a Python pickle")
-        refused("convert", renamed, "-o", tmp_path / "folder", model=None, why="is a pickle")
-        refused("encode", image, "-o", tmp_path / "t.safetensors", model=renamed, why="is a pickle")
-        with pytest.raises(ValueError, match="is a pickle"):
+        refused("convert", renamed, "-o", tmp_path / "folder", model=None, why="is a Python pickle")
+        refused("encode", image, "-o", tmp_path / "t.safetensors", model=renamed, why="is a Python pickle")
+        with pytest.raises(ValueError, match="is a Python pickle"):
             AutoencoderGPSToken.from_single_file(renamed)
     # A folder whose only weights are a pickle.
     folder = tmp_path / "model"

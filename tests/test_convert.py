@@ -123,8 +123,8 @@ def test_presets_that_cannot_be_told(channels, name, preset, message):
 def test_refused_files(official, tmp_path):
     mark = tmp_path / "mark"
     files = {
-        "pickle.safetensors": (pickle.dumps(Malicious(mark)), "is a pickle"),
-        "text.safetensors": (b"not a model at all, just a long enough line of text", "not a whole safetensors"),
+        "pickle.safetensors": (pickle.dumps(Malicious(mark)), "Python pickle"),
+        "text.safetensors": (b"not a model at all, just a long enough line of text", "not a safetensors file"),
         "empty.safetensors": (b"", "0 bytes"),
     }
     save_file(official, tmp_path / "whole.safetensors")
@@ -134,7 +134,7 @@ def test_refused_files(official, tmp_path):
         with pytest.raises(ValueError, match=message):
             AutoencoderGPSToken.from_single_file(tmp_path / name)
     torch.save(official, tmp_path / "zip.safetensors")
-    with pytest.raises(ValueError, match="is a pickle"):
+    with pytest.raises(ValueError, match="Python pickle"):
         AutoencoderGPSToken.from_single_file(tmp_path / "zip.safetensors")
     assert not mark.exists()
     with pytest.raises(FileNotFoundError, match="No checkpoint"):

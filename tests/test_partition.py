@@ -150,14 +150,16 @@ def pattern(kind: str, height: int, width: int, seed: int) -> np.ndarray:
         image = np.kron(cells, np.ones((8, 8)))[:height, :width]
     elif kind == "waves":
         image = np.rint(np.sin(x / 7.0) * np.cos(y / 7.0) * 2) / 2
-    elif kind == "edges":  # gradients on the edges of histogram bins
+    elif kind == "ramp":  # most gradients within a rounding of an edge of the histogram's bins
+        image = (0.95 - x % 32 * 11 / 512 + random.random((height, width)) * 1e-7) * 2 - 1
+    elif kind == "edges":  # some on the edges
         image = np.minimum(random.integers(0, 60, (height, width)) * 11 / 512, 1.0) * 2 - 1
     else:
         image = (x == width // 2) * 1.0  # "line"
     return image.astype(np.float32)[None]
 
 
-KINDS = ("noise", "binary", "constant", "blocks", "waves", "edges", "line")
+KINDS = ("noise", "binary", "constant", "blocks", "waves", "ramp", "edges", "line")
 sides = st.one_of(st.sampled_from((8, 16, 32, 64, 128)), st.integers(2, 140))
 
 
@@ -320,10 +322,7 @@ def test_number_of_leaves_does_not_depend_on_choices():
                 if height >= width:
                     ways.append([(height // 2, width), (height - height // 2, width)])
                 known[key] = frozenset(
-                    a + b
-                    for first, second in ways
-                    for a in counts(*first, smallest)
-                    for b in counts(*second, smallest)
+                    a + b for first, second in ways for a in counts(*first, smallest) for b in counts(*second, smallest)
                 )
         return known[key]
 
@@ -360,8 +359,9 @@ def test_inputs_that_mean_the_same():
         assert torch.equal(found.regions, expected.regions) and torch.equal(found.geometry, expected.geometry)
         assert not found.geometry.requires_grad
     assert torch.equal(partition_image(grey[0], 20).regions[0], expected.regions[0])
-    every_other = partition_image(floats[:, :, ::2], 9).regions
-    assert torch.equal(every_other, partition_image(grey[:, ::2].clone(), 9).regions)
+    every_other = partition_image(grey[:, ::2].clone(), 9).regions
+    for strided in (floats[:, :, ::2], grey[:, ::2], grey[:, None, ::2], grey.numpy()[:, ::2]):
+        assert torch.equal(partition_image(strided, 9).regions, every_other)
     for dtype in (torch.float16, torch.bfloat16):  # equal to what the rounded values give
         found = partition_image(grey.to(dtype), 20)
         assert torch.equal(found.regions, partition_image(grey.to(dtype).float(), 20).regions)

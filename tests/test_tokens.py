@@ -12,7 +12,8 @@ from conftest import golden
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from gpstoken_diffusers.tokens import CENTER, RHO, SIGMA, GPSTokens, write_atomically
+from gpstoken_diffusers.safe_files import write_atomically
+from gpstoken_diffusers.tokens import CENTER, RHO, SIGMA, GPSTokens
 
 
 def make_tokens(batch=2, count=12, channels=3, dtype=torch.float32, **fields) -> GPSTokens:
@@ -412,7 +413,7 @@ def test_truncated_files(tmp_path, kept):
     make_tokens(2, 100, 32).save(path)
     path.write_bytes(path.read_bytes()[:kept])
     message = "not a safetensors file" if kept in (1, 7, 8) else "truncated or damaged safetensors file"
-    with pytest.raises(ValueError, match=f"a.safetensors: (a )?{message}.*encode the image again"):
+    with pytest.raises(ValueError, match=f"a.safetensors: (a )?{message}.*Encode the image again"):
         GPSTokens.load(path)
 
 

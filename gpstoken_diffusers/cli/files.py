@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from ..tokens import write_atomically
+from ..safe_files import write_atomically
 
 # How to write each format at a quality that does not hide what the model did.
 _FORMATS: dict[str, tuple[str, dict]] = {

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..tokens import write_atomically
+from ..safe_files import write_atomically
 from .codec import Codec, load_codec, quality, quality_text
 from .files import prepare_folder, write_picture
 

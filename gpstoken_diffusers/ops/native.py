@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 ABI_VERSION = 1  # GPSTOKEN_ABI_VERSION of csrc/gpstoken_native.h
 BACKEND_VARIABLE = "GPSTOKEN_BACKEND"
 
+_FOLDER = Path(gpstoken_diffusers.__file__).resolve().parent
+
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 _SPLAT_SIZES = [_SIZE] * 5 + [_FLOAT, _INT]  # B, N, C, H, W, support, dtype
@@ -120,7 +122,7 @@ def announce_fallback(op: str, device: str) -> None:
 def doctor() -> str:
     """Which backends exist, which one each op uses on each device, and how to get the faster ones."""
     lines = [
-        f"gpstoken_diffusers {_version('gpstoken_diffusers')} at {Path(gpstoken_diffusers.__path__[0])}",
+        f"gpstoken_diffusers {_version('gpstoken_diffusers')} at {_FOLDER}",
         f"  Python {platform.python_version()} on {platform.system()} {platform.machine()}; "
         + ", ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "diffusers", "transformers")),
         f"  devices: {', '.join(_devices())}; CPU threads: {torch.get_num_threads()} (torch.set_num_threads)",
@@ -168,15 +170,15 @@ def _remedy(kind: str) -> str:
     if reference_forced():
         return f"Unset {BACKEND_VARIABLE}."
     needs = "a C++17 compiler" if kind == "cpu" else "a C++17 compiler and CUDA's nvcc (CUDA_HOME)"
-    root = Path(gpstoken_diffusers.__path__[0]).parent
+    root = _FOLDER.parent
     if (root / "CMakeLists.txt").exists():
-        how = (
-            f"in {root}: cmake -S . -B build -G Ninja && cmake --build build && "
-            "cmake --install build --prefix gpstoken_diffusers"
+        where = str(root)
+        command = (
+            "cmake -S . -B build -G Ninja && cmake --build build && cmake --install build --prefix gpstoken_diffusers"
         )
     else:
-        how = "in the source folder: pip install --force-reinstall --no-deps --no-cache-dir ."
-    return f"To get it, install {needs}, then run, {how}."
+        where, command = "the source folder", "pip install --force-reinstall --no-deps --no-cache-dir ."
+    return f"To get it, install {needs}, then run in {where}: `{command}`."
 
 
 def _file_name(kind: str) -> str:
@@ -191,7 +193,7 @@ def _load(kind: str) -> tuple[ctypes.CDLL | None, str]:
     if kind not in _SIGNATURES:
         raise ValueError(f"native library {kind!r}: expected one of {', '.join(_SIGNATURES)}.")
     name = _file_name(kind)
-    folders = [Path(root) / "lib" for root in gpstoken_diffusers.__path__]
+    folders = [Path(root) / "lib" for root in dict.fromkeys(gpstoken_diffusers.__path__)]
     reason = f"{name} was not built (looked in {', '.join(map(str, folders))})"
     for path in (folder / name for folder in folders):
         if not path.exists():

@@ -1,0 +1,65 @@
+"""Files that appear whole or not at all, and safetensors that are read without ever opening a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+# torch.save's zip archive, and bare pickles of protocol 2 to 5.
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, takes its name last.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; an older file is left as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:  # Ctrl-C too must leave no temporary file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write the file ({error.strerror})", str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike, advice: str) -> Iterator[safe_open]:
+    """A safetensors file opened for reading; says clearly what is wrong with a file that is not one.
+
+    Args:
+        path: the file.
+        advice: what the user can do about a damaged file, a sentence.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, truncated, a pickle (whatever its name says), or of another kind.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if not start:
+        raise ValueError(f"{path}: the file is empty (0 bytes). {advice}")
+    if start.startswith(_PICKLE_STARTS):
+        raise ValueError(
+            f"{path}: this is a Python pickle (as torch.save writes), whatever its name says. Reading it could run "
+            "code, so it was not read. Where you trust it, write its tensors with safetensors.torch.save_file."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        whole = "a truncated or damaged safetensors file" if start[8:] == b"{" else "not a safetensors file"
+        raise ValueError(f"{path}: {whole} ({error}). {advice}") from error
