@@ -124,7 +124,8 @@ def test_truncated_safetensors(keep, model_folder, refused, tmp_path):
     refused("decode", cut, "-o", tmp_path / "p.png", why=r"cut\.safetensors.*(empty|truncated|not a safetensors)")
 
     cut.write_bytes(whole["weights"][:keep])
-    refused("convert", cut, "-o", tmp_path / "folder", model=None, why=r"cut\.safetensors.*(empty|truncated|not a safetensors)")
+    why = r"cut\.safetensors.*(empty|truncated|not a safetensors)"
+    refused("convert", cut, "-o", tmp_path / "folder", model=None, why=why)
     with pytest.raises(ValueError, match="empty|truncated|not a safetensors"):
         AutoencoderGPSToken.from_single_file(cut, preset="l256")
 

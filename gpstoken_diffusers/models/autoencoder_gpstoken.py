@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,28 +14,21 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from .. import convert
 from ..ops.partition import initial_gaussians, partition_image
 from ..ops.splat import splat_gaussians
 from ..tiling import cut_tiles, join_tiles, pad_to_tiles, tile_grid_for
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
 from .lattice_decoder import LatticeDecoder
+from .loading import CheckpointLoadingMixin
 from .map_decoder import MapDecoder
 from .refinement import GaussianRefiner
 from .stem import ImageStem
-
-logger = logging.getLogger(__name__)
 
 # Tiles that pass through the networks at once when an image has several, and the side, in tiles, of the window that a
 # merged or a local decoding covers at once. Together they bound the memory, whatever the image's size.
 TILES_AT_ONCE = 4
 MERGED_WINDOW_TILES = 4
 LOCAL_WINDOW_TILES = 2
-
-# What tells `from_pretrained` where a folder or a Hub repository is.
-_LOCATION_ARGUMENTS = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-)  # fmt: skip
 
 
 @dataclass
@@ -57,7 +46,7 @@ class AutoencoderGPSTokenOutput(BaseOutput):
     regions: Tensor
 
 
-class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderGPSToken(CheckpointLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     r"""The GPSToken autoencoder (arXiv 2509.01109): an image becomes N Gaussians with a texture vector each.
 
     A greedy entropy-driven partition places the Gaussians, a transformer refines them and reads their texture, a
@@ -423,93 +412,3 @@ class AutoencoderGPSToken(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMi
         else:
             step = count if tile_grid == (1, 1) else TILES_AT_ONCE
         return (slice(start, start + step) for start in range(0, count, step))
-
-    # ------------------------------------------------------------------ official checkpoints
-
-    @classmethod
-    def from_preset(cls, preset: str, **overrides) -> AutoencoderGPSToken:
-        """A freshly initialised model in the size of a released one: "s64", "m128" or "l256".
-
-        Raises ValueError for another name.
-        """
-        if preset not in convert.PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(convert.PRESETS)}, got {preset!r}.")
-        return cls(**{**convert.PRESETS[preset], **overrides})
-
-    @classmethod
-    def from_single_file(
-        cls,
-        path: str | os.PathLike,
-        *,
-        preset: str | None = None,
-        config: dict | str | os.PathLike | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> AutoencoderGPSToken:
-        """Loads an official GPSToken autoencoder file as it is.
-
-        Args:
-            path: a `.safetensors` file of the research code. Pickles are refused.
-            preset: "s64", "m128" or "l256". None recognises it: L256 by its shapes; S64 and M128 do not differ in any
-                shape, so by the file's name. The log says which was taken.
-            config: constructor arguments (a dict, or a JSON file) for a model of other sizes; replaces the preset.
-            dtype: of the loaded weights; None keeps float32.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a whole safetensors file, another model's, or tensors that are missing, left over or
-                misshapen (all are listed).
-        """
-        converted = convert.convert_autoencoder(convert.read_safetensors(path), str(path))
-        if config is None:
-            head = converted.get("refiner.texture_head.weight")
-            if head is None:
-                raise ValueError(f"{path} lacks 'to_gps.1.weight', the texture head: it is no whole autoencoder.")
-            preset, reason = convert.recognise_preset(head.shape[0], str(path), preset)
-            logger.warning("Loading %s as the preset %s (%s).", Path(path).name, preset, reason)
-            config = convert.PRESETS[preset]
-        elif preset is not None:
-            raise ValueError("Give either a preset or a config, not both.")
-        elif not isinstance(config, dict):
-            config = convert.read_config_file(config)
-        try:
-            with torch.device("meta"):
-                model = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
-        except TypeError as error:
-            raise ValueError(f"The configuration does not fit AutoencoderGPSToken: {error}.") from error
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        convert.check_against_model(converted, expected, str(path))
-        converted = {name: tensor.to(dtype or torch.float32) for name, tensor in converted.items()}
-        model.load_state_dict(converted, assign=True)
-        return model.requires_grad_(True).eval()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> AutoencoderGPSToken:
-        """Loads a folder or Hub repository that `save_pretrained` wrote; arguments as in diffusers' `ModelMixin`.
-
-        Safetensors only: diffusers would fall back to a pickle where there is no safetensors file.
-
-        Raises:
-            ValueError: the folder holds another class of model.
-            OSError: no such folder, no configuration or weights in it, or weights that the model needs are missing
-                (diffusers only warns, and leaves them empty).
-        """
-        kwargs["use_safetensors"] = True
-        where = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
-        class_name = cls.load_config(pretrained_model_name_or_path, **where).get("_class_name")
-        if class_name != cls.__name__:
-            raise ValueError(f"{pretrained_model_name_or_path} holds a {class_name}, not an {cls.__name__}.")
-        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        loaded = model[0] if isinstance(model, tuple) else model
-        empty = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
-        if empty:
-            raise OSError(
-                f"{pretrained_model_name_or_path} lacks {len(empty)} of the model's weights ({', '.join(empty[:10])}"
-                f"{', ...' if len(empty) > 10 else ''}). The folder is incomplete, or its config.json is another's."
-            )
-        return model
-
-    def to_json_string(self) -> str:
-        """The configuration as it is saved; without the local path that diffusers would put into it."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
