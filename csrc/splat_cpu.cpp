@@ -120,7 +120,10 @@ Scene make_scene(const float* geometry, const T* texture, const Sizes& s, float 
     Scene scene;
     scene.size = s;
     scene.channels = round_up(std::max<int64_t>(s.C, 1), kernels().lanes);
-    scene.threads = static_cast<int>(std::min<int64_t>(num_threads, 1024));
+    // Starting a thread takes some 20 us: each must have more than that to do.
+    constexpr int64_t kFloatsPerThread = 32 * 1024;
+    const int64_t floats = s.B * (s.H * s.W + s.N) * scene.channels;
+    scene.threads = static_cast<int>(std::min<int64_t>(num_threads, 1 + floats / kFloatsPerThread));
     scene.grid_x.resize(static_cast<size_t>(s.W + kMaxLanes));
     scene.grid_y.resize(static_cast<size_t>(s.H));
     for (int64_t i = 0; i < s.W; ++i) scene.grid_x[i] = pixel_center(i, s.W);

@@ -438,8 +438,16 @@ def test_ctrl_c_in_the_middle_of_a_folder(model_folder, tmp_path, capsys):
     assert after[: len(before)] == before
 
 
-def test_ctrl_c_leaves_no_half_written_file(model_folder, image, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpstoken_diffusers.tokens.os.fsync", lambda *args: signal.raise_signal(signal.SIGINT))
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt even where the test run was started with SIGINT ignored, as in a background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_no_half_written_file(model_folder, image, tmp_path, monkeypatch, interruptible):
+    monkeypatch.setattr("gpstoken_diffusers.safe_files.os.fsync", lambda *args: signal.raise_signal(signal.SIGINT))
     argv = [str(image), "-o", str(tmp_path / "out"), "--model", str(model_folder)]
     assert cli.main(["reconstruct", *argv, "--quiet"]) == 130
     assert list((tmp_path / "out").iterdir()) == []
