@@ -172,6 +172,7 @@ def test_importing_says_nothing_and_pulls_in_no_compiler() -> None:
         "assert 'torch._dynamo' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    folder = Path(__file__).parent  # not the root, whose package folder would hide the installed one
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "" and (native.library("cpu") is None or result.stderr == "")
