@@ -119,6 +119,7 @@ REAL_PATH = list(gpstoken_diffusers.__path__)
 
 
 def test_forced_reference(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(native, "_announced", set())
     monkeypatch.setenv("GPSTOKEN_BACKEND", "reference")
     assert native.library("cpu") is None and "GPSTOKEN_BACKEND=reference" in native.why_missing("cpu")
     assert "Unset GPSTOKEN_BACKEND" in native.doctor()

@@ -28,9 +28,26 @@ needs_native = pytest.mark.skipif(
     native.library("cpu") is None, reason=f"no native CPU version: {native.why_missing('cpu')}"
 )
 ImplementationOf = Callable[..., Tensor]
+
+
+class WrittenGradient(torch.autograd.Function):
+    """The definition with its own gradient, as the operator uses them where no native library serves."""
+
+    @staticmethod
+    def forward(ctx, geometry: Tensor, texture: Tensor, height: int, width: int, support: float = 3.0) -> Tensor:
+        ctx.save_for_backward(geometry, texture)
+        ctx.support = support
+        return splat_gaussians_reference(geometry, texture, height, width, support)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple:
+        return *splat_gaussians_backward_reference(*ctx.saved_tensors, grad_out, ctx.support), None, None, None
+
+
 IMPLEMENTATIONS = [
     pytest.param(splat_gaussians, id="native", marks=needs_native),
-    pytest.param(splat_gaussians_reference, id="twin"),
+    pytest.param(WrittenGradient.apply, id="twin"),
+    pytest.param(splat_gaussians_reference, id="twin by autograd"),
 ]
 
 # Two float32 evaluations of the same sums in another order: some 20 roundings of 6e-8 each, relative to the
@@ -430,6 +447,14 @@ def test_autocast_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run(splat_gaussians, geometry, texture, (13, 18))
     assert_close(actual, expected, 0.0)
+
+
+def test_float64_geometry_is_evaluated_in_float64() -> None:
+    geometry, texture = make_tokens(1, 17, 3)
+    out, grad_geometry, grad_texture = run(splat_gaussians, geometry.double(), texture, (13, 18))
+    exact = splat_gaussians_reference(geometry.double(), texture.double(), 13, 18)
+    assert out.dtype == grad_texture.dtype == torch.float32 and grad_geometry.dtype == torch.float64
+    assert torch.equal(out, exact.float())
 
 
 def test_half_precision_geometry_is_evaluated_in_float32() -> None:
