@@ -24,6 +24,12 @@ needs_native = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build a library with")
 
 
+@pytest.fixture(autouse=True)
+def backend_not_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests choose the backend themselves, whatever the tests are run with."""
+    monkeypatch.delenv("GPSTOKEN_BACKEND", raising=False)
+
+
 @pytest.fixture
 def package_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes a folder of its own the only one in which libraries are looked for, and forgets what was loaded."""

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,90 +13,23 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from splat_cases import (
+    FLOAT32,
+    IMPLEMENTATIONS,
+    ROUNDING,
+    ImplementationOf,
+    assert_close,
+    distance,
+    make_tokens,
+    needs_native,
+    run,
+)
 
-from gpstoken_diffusers.ops import native
 from gpstoken_diffusers.ops.splat import splat_gaussians
 from gpstoken_diffusers.ops.splat_reference import (
-    pixel_centers,
     splat_gaussians_backward_reference,
     splat_gaussians_reference,
 )
-
-needs_native = pytest.mark.skipif(
-    native.library("cpu") is None, reason=f"no native CPU version: {native.why_missing('cpu')}"
-)
-ImplementationOf = Callable[..., Tensor]
-
-
-class WrittenGradient(torch.autograd.Function):
-    """The definition with its own gradient, as the operator uses them where no native library serves."""
-
-    @staticmethod
-    def forward(ctx, geometry: Tensor, texture: Tensor, height: int, width: int, support: float = 3.0) -> Tensor:
-        ctx.save_for_backward(geometry, texture)
-        ctx.support = support
-        return splat_gaussians_reference(geometry, texture, height, width, support)
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor) -> tuple:
-        return *splat_gaussians_backward_reference(*ctx.saved_tensors, grad_out, ctx.support), None, None, None
-
-
-IMPLEMENTATIONS = [
-    pytest.param(splat_gaussians, id="native", marks=needs_native),
-    pytest.param(WrittenGradient.apply, id="twin"),
-    pytest.param(splat_gaussians_reference, id="twin by autograd"),
-]
-
-# Two float32 evaluations of the same sums in another order: some 20 roundings of 6e-8 each, relative to the
-# largest entry of a tensor.
-FLOAT32 = 2e-6
-# One rounding to the output's type on top: half a unit in the last place, at most doubled where two float32
-# values straddle a rounding boundary.
-ROUNDING = {torch.float32: FLOAT32, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-
-
-def make_tokens(batch: int, tokens: int, channels: int, seed: int = 0, sigma: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Random tokens: sigmas around `sigma`, |rho| < 0.95, some centres off the image."""
-    g = torch.Generator().manual_seed(seed)
-    sigmas = sigma * torch.exp(0.7 * torch.randn(batch, tokens, 2, generator=g))
-    rho = 0.95 * (2 * torch.rand(batch, tokens, 1, generator=g) - 1)
-    centers = 2.4 * torch.rand(batch, tokens, 2, generator=g) - 1.2
-    return torch.cat([sigmas, rho, centers], -1), torch.randn(batch, tokens, channels, generator=g)
-
-
-def run(
-    splat: ImplementationOf,
-    geometry: Tensor,
-    texture: Tensor,
-    size: tuple[int, int],
-    support: float = 3.0,
-    seed: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(map, grad_geometry, grad_texture) for a random upstream gradient."""
-    geometry, texture = geometry.detach().requires_grad_(), texture.detach().requires_grad_()
-    out = splat(geometry, texture, *size, support)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
-    return out.detach(), *torch.autograd.grad(out, (geometry, texture), upstream)
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest entry of `expected`."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    if expected.numel() == 0:
-        return 0.0
-    difference = (actual.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(1e-30))
-
-
-def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
-    """Maps, each geometry gradient by itself (their scales differ by far), texture gradients."""
-    names = ["map", "grad sigma_x", "grad sigma_y", "grad rho", "grad x", "grad y", "grad texture"]
-    split = [(a, *b.unbind(-1), c) for a, b, c in (actual, expected)]
-    far = {n: d for n, x, y in zip(names, *split, strict=True) if not (d := distance(x, y)) <= tolerance}
-    assert not far, f"beyond {tolerance}: {far}"
-
 
 # ---- golden tensors ----
 
@@ -335,7 +267,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
 ONE_INSTRUCTION_SET = """
 import torch
 from gpstoken_diffusers.ops import native
-from test_splat import FLOAT32, ROUNDING, assert_close, make_tokens, run
+from splat_cases import FLOAT32, ROUNDING, assert_close, make_tokens, run
 from gpstoken_diffusers.ops.splat import splat_gaussians
 from gpstoken_diffusers.ops.splat_reference import splat_gaussians_reference
 for channels, dtype in ((1, torch.float32), (16, torch.float32), (37, torch.float16), (130, torch.bfloat16)):
@@ -368,176 +300,3 @@ def test_every_instruction_set(isa: str) -> None:
     assert result.returncode == 0, result.stderr
     if result.stdout.strip() != isa:
         pytest.skip(f"this processor has no {isa}; {result.stdout.strip()} was tested in its place")
-
-
-# ---- gradients and torch's machinery ----
-
-
-def test_backward_definition_is_the_gradient_of_the_forward_one() -> None:
-    geometry, texture = (tensor.double() for tensor in make_tokens(2, 17, 3))
-    out, *expected = run(splat_gaussians_reference, geometry, texture, (13, 18), seed=5)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).double()
-    actual = splat_gaussians_backward_reference(geometry, texture, upstream)
-    assert_close((out, *actual), (out, *expected), 1e-12)
-
-
-def test_definition_in_several_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry, texture = make_tokens(2, 17, 3)
-    upstream = torch.randn(2, 3, 13, 18)
-    whole = splat_gaussians_backward_reference(geometry, texture, upstream)
-    expected = (splat_gaussians_reference(geometry, texture, 13, 18), *whole)
-    monkeypatch.setattr("gpstoken_diffusers.ops.splat_reference._WEIGHTS_PER_BAND", 3 * 2 * 17 * 18)
-    banded = splat_gaussians_backward_reference(geometry, texture, upstream)
-    assert_close((splat_gaussians_reference(geometry, texture, 13, 18), *banded), expected, FLOAT32)
-
-
-def test_gradcheck_float64() -> None:
-    """The operator on its plain float64 path. Support 40 keeps pixels from crossing a box edge."""
-    geometry, texture = (tensor.double().requires_grad_() for tensor in make_tokens(2, 3, 2, sigma=0.4))
-    assert torch.autograd.gradcheck(lambda g, t: splat_gaussians(g, t, 5, 7, 40.0), (geometry, texture))
-
-
-@needs_native
-@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # gradcheck would rather have float64
-def test_gradcheck_native() -> None:
-    """Finite differences of the native forward in float32: steps of 1e-2 err by 1e-4 through curvature."""
-    geometry, texture = (tensor.requires_grad_() for tensor in make_tokens(1, 3, 2, sigma=0.8))
-    with torch.no_grad():
-        geometry[..., 2] *= 0.5
-    assert torch.autograd.gradcheck(
-        lambda g, t: splat_gaussians(g, t, 5, 7, 40.0),
-        (geometry, texture),
-        eps=1e-2,
-        atol=5e-3,
-        rtol=5e-3,
-        nondet_tol=0.0,
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_opcheck(dtype: torch.dtype) -> None:
-    geometry, texture = make_tokens(2, 6, 3)
-    geometry = geometry.double() if dtype == torch.float64 else geometry
-    texture = texture.to(dtype)
-    leaves = (geometry.clone().requires_grad_(), texture.clone().requires_grad_())
-    torch.library.opcheck(torch.ops.gpstoken.splat_gaussians.default, (*leaves, 9, 11, 3.0))
-    upstream = torch.randn(2, 3, 9, 11).to(dtype)
-    torch.library.opcheck(torch.ops.gpstoken.splat_gaussians_backward.default, (geometry, texture, upstream, 3.0))
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_fullgraph(backend: str) -> None:
-    def loss(geometry: Tensor, texture: Tensor, height: int) -> Tensor:
-        return (splat_gaussians(geometry.sigmoid(), texture * 2, height, 10) ** 2).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
-    for tokens, height in ((6, 8), (9, 12)):  # the second with other sizes
-        leaves = [tensor.requires_grad_() for tensor in make_tokens(2, tokens, 3)]
-        expected = torch.autograd.grad(loss(*leaves, height), leaves)
-        actual = torch.autograd.grad(compiled(*leaves, height), leaves)
-        for a, b in zip(actual, expected, strict=True):
-            assert distance(a, b) < 1e-5  # inductor fuses the sigmoid its own way
-
-
-@pytest.mark.parametrize("backend", [pytest.param("auto", marks=needs_native), "reference"])
-def test_autocast_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPSTOKEN_BACKEND", backend)
-    geometry, texture = make_tokens(2, 17, 3)
-    expected = run(splat_gaussians, geometry, texture, (13, 18))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = run(splat_gaussians, geometry, texture, (13, 18))
-    assert_close(actual, expected, 0.0)
-
-
-def test_float64_geometry_is_evaluated_in_float64() -> None:
-    geometry, texture = make_tokens(1, 17, 3)
-    out, grad_geometry, grad_texture = run(splat_gaussians, geometry.double(), texture, (13, 18))
-    exact = splat_gaussians_reference(geometry.double(), texture.double(), 13, 18)
-    assert out.dtype == grad_texture.dtype == torch.float32 and grad_geometry.dtype == torch.float64
-    assert torch.equal(out, exact.float())
-
-
-def test_half_precision_geometry_is_evaluated_in_float32() -> None:
-    geometry, texture = make_tokens(1, 17, 3)
-    half = geometry.bfloat16().requires_grad_()
-    out = splat_gaussians(half, texture, 13, 18)
-    assert torch.equal(out, splat_gaussians(half.detach().float(), texture, 13, 18))
-    out.sum().backward()
-    assert half.grad is not None and half.grad.dtype == torch.bfloat16
-
-
-def test_meta_tensors() -> None:
-    geometry, texture = (tensor.to("meta") for tensor in make_tokens(2, 6, 3))
-    out = splat_gaussians(geometry, texture.bfloat16(), 9, 11)
-    assert out.shape == (2, 3, 9, 11) and out.dtype == torch.bfloat16 and out.device.type == "meta"
-
-
-def test_forced_reference_gives_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry, texture = make_tokens(2, 17, 3)
-    monkeypatch.setenv("GPSTOKEN_BACKEND", "reference")
-    assert torch.equal(splat_gaussians(geometry, texture, 9, 11), splat_gaussians_reference(geometry, texture, 9, 11))
-
-
-# ---- pixel centres and arguments ----
-
-
-def test_pixel_centers() -> None:
-    assert pixel_centers(1).tolist() == [0.0]
-    assert pixel_centers(2).tolist() == [-1.0, 1.0]
-    assert pixel_centers(5).tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
-    centers = pixel_centers(1001)
-    expected = torch.tensor([2.0 * i / 1000 - 1.0 for i in range(1001)], dtype=torch.float64).float()
-    assert centers.dtype == torch.float32 and torch.equal(centers, expected)
-
-
-def test_one_pixel_axes_sit_at_zero() -> None:
-    geometry = torch.tensor([[[0.5, 0.5, 0.0, 0.0, 0.0]]])
-    assert splat_gaussians(geometry, torch.ones(1, 1, 1), 1, 1).item() == 1.0
-
-
-GEOMETRY, TEXTURE = torch.zeros(2, 4, 5), torch.zeros(2, 4, 3)
-BAD_ARGUMENTS = {
-    "geometry is a list": (
-        [[1.0] * 5],
-        TEXTURE,
-        4,
-        4,
-        3.0,
-        TypeError,
-        "geometry: expected a floating-point tensor",
-    ),
-    "integer texture": (
-        GEOMETRY,
-        TEXTURE.int(),
-        4,
-        4,
-        3.0,
-        TypeError,
-        "texture: expected a floating-point tensor",
-    ),
-    "no batch": (GEOMETRY[0], TEXTURE[0], 4, 4, 3.0, ValueError, r"\(batch, tokens, 5\)"),
-    "six numbers": (torch.zeros(2, 4, 6), TEXTURE, 4, 4, 3.0, ValueError, r"got \(2, 4, 6\)"),
-    "other token count": (GEOMETRY, TEXTURE[:, :3], 4, 4, 3.0, ValueError, r"\(2, 4, any\).*got \(2, 3, 3\)"),
-    "other batch": (GEOMETRY, TEXTURE[:1], 4, 4, 3.0, ValueError, r"got \(1, 4, 3\)"),
-    "other device": (
-        GEOMETRY,
-        TEXTURE.to("meta"),
-        4,
-        4,
-        3.0,
-        ValueError,
-        "geometry is on cpu but texture on meta",
-    ),
-    "no height": (GEOMETRY, TEXTURE, 0, 4, 3.0, ValueError, "at least 1, got 0 x 4"),
-    "negative width": (GEOMETRY, TEXTURE, 4, -1, 3.0, ValueError, "at least 1, got 4 x -1"),
-    "support 0": (GEOMETRY, TEXTURE, 4, 4, 0.0, ValueError, "support must be a positive"),
-    "support NaN": (GEOMETRY, TEXTURE, 4, 4, float("nan"), ValueError, "support must be a positive"),
-    "support infinite": (GEOMETRY, TEXTURE, 4, 4, float("inf"), ValueError, "support must be a positive"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
-def test_bad_arguments(case: tuple) -> None:
-    *arguments, error, message = case
-    with pytest.raises(error, match=message):
-        splat_gaussians(*arguments)
