@@ -78,10 +78,10 @@ def test_four_tiles_merge_into_one_set(large):
 def test_both_ways_of_decoding_tiles(large, mode, name):
     tokens = GPSTokens.from_tensor(large["merged_tokens"], (512, 512), tile_grid=(2, 2))
     sample = small_model().decode(tokens, mode=mode).sample
-    # The reference states 5e-5 for this decoding from given tokens; tile coordinates recovered from merged ones are
-    # off by a rounding (6e-8 of a tile), which the smallest Gaussians turn into some 1e-5 more.
-    close(sample[..., ::2, ::2], large[f"decoded_{name}_even_pixels"], SMALL)
-    close(sample[..., 192:320, 192:320], large[f"decoded_{name}_centre_crop"], SMALL)
+    # The reference's tolerance for this decoding; measured here: 3.3e-5 by tile (whose coordinates are recovered from
+    # merged ones, off by a rounding) and 1.3e-5 merged.
+    close(sample[..., ::2, ::2], large[f"decoded_{name}_even_pixels"], 5e-5)
+    close(sample[..., 192:320, 192:320], large[f"decoded_{name}_centre_crop"], 5e-5)
 
 
 @torch.no_grad()
