@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AutoencoderGPSToken": "models.autoencoder_gpstoken",
+    "GPSTokenTransformerModel": "models.transformer_gpstoken",
     "GPSTokenImageProcessor": "image_processor",
     "GPSTokens": "tokens",
     "partition_image": "ops.partition",

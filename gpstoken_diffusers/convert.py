@@ -1,7 +1,8 @@
 """Official checkpoint files to this package's names: the one place that knows the old ones.
 
 The research code (github.com/xtudbxk/GPSToken) stores an autoencoder as safetensors with names such as
-`attnblocks.0.attn1.in_proj_weight`. Nothing here is unpickled: other file types are refused.
+`attnblocks.0.attn1.in_proj_weight`, and a generator with SiT's names under `ema_model.`. Nothing here is unpickled: other
+file types are refused.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +38,31 @@ PRESETS = {
     "s64": {**_RELEASED, "num_tokens": 64, "texture_channels": 16, "decode_mode": "merge"},
     "m128": {**_RELEASED, "num_tokens": 128, "texture_channels": 16, "decode_mode": "merge"},
     "l256": {**_RELEASED, "num_tokens": 256, "texture_channels": 32, "decode_mode": "tile"},
+}
+
+
+# SiT-XL/2-gs and SiT-S/2-gs, the released second stage over M128's tokens: sizes, and how its latents are scaled (five
+# geometry residuals, then the texture). Values of `GPSTokenTransformerModel`'s constructor.
+_RELEASED_GENERATOR = {
+    "texture_channels": 16,
+    "num_tokens": 128,
+    "num_classes": 1000,
+    "learn_sigma": True,
+    "position_table": True,
+    "latents_mean": (
+        -0.0211, -0.0196, 0.0107, -0.0052, -0.0044,
+        1.8017, 2.4036, 2.0145, 1.2402, -4.2579, -1.2646, -3.0395, 2.2928,
+        3.2168, -0.1431, 0.1600, 1.3924, 3.2345, 1.6994, 0.8237, 0.3222,
+    ),
+    "latents_std": (
+        0.0121, 0.0108, 0.2533, 0.0119, 0.0114,
+        2.7334, 2.6400, 2.7963, 2.9325, 2.8337, 2.8269, 3.1082, 3.1412,
+        2.8038, 2.6501, 2.6163, 2.4718, 2.6958, 2.8157, 2.4744, 2.8200,
+    ),
+}  # fmt: skip
+GENERATOR_PRESETS = {
+    "xl": {**_RELEASED_GENERATOR, "hidden_size": 1152, "num_layers": 28, "num_attention_heads": 16},
+    "s": {**_RELEASED_GENERATOR, "hidden_size": 384, "num_layers": 12, "num_attention_heads": 6},
 }
 
 # Prefixes under which a training run may store the model; the averaged weights are the ones to use.
@@ -152,21 +180,28 @@ def _rename(name: str, last_level: int) -> str | None:
     return None
 
 
-def recognise_preset(texture_channels: int, source: str, preset: str | None = None) -> tuple[str, str]:
-    """Which released configuration a file of full-size weights is.
+def recognise_preset(
+    converted: dict[str, Tensor], source: str, preset: str | None = None
+) -> tuple[str, str]:
+    """Which released configuration an autoencoder's file of full-size weights is.
 
     L256 has 32 texture channels. S64 and M128 have 16 and do not differ in any shape, so the caller says which, or
     the file's name does.
 
     Args:
-        texture_channels: rows of the texture head.
+        converted: the tensors, in our names.
         source: the file's name.
         preset: "s64", "m128" or "l256", when the caller knows.
 
     Returns: (preset, reason); the reason is a phrase for the user.
 
-    Raises ValueError: an unknown preset, one that contradicts the shapes, or nothing that tells S64 from M128.
+    Raises ValueError: no texture head, an unknown preset, one that contradicts the shapes, or nothing that tells S64
+    from M128.
     """
+    head = converted.get("refiner.texture_head.weight")
+    if head is None:
+        raise ValueError(f"{source} lacks 'to_gps.1.weight', the texture head: it is no whole autoencoder.")
+    texture_channels = head.shape[0]
     if preset is not None:
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
@@ -215,3 +250,99 @@ def read_config_file(path: str | os.PathLike) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object of constructor arguments, got {type(values).__name__}.")
     return values
+
+
+_GENERATOR_RENAMES = (
+    (r"x_embedder\.proj\.(\w+)", r"token_embedding.\1"),
+    (r"cond_embedder\.([02])\.(\w+)", r"layout_embedding.\1.\2"),
+    (r"t_embedder\.mlp\.([02])\.(\w+)", r"time_embedding.\1.\2"),
+    (r"y_embedder\.embedding_table\.weight", r"class_embedding.weight"),
+    (r"pos_embed", r"positions"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"blocks.\1.attn.to_out.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"blocks.\1.ff.0.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"blocks.\1.ff.2.\2"),
+    (r"blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"blocks.\1.modulation.\2"),
+    (r"final_layer\.linear\.(\w+)", r"head.proj.\1"),
+    (r"final_layer\.adaLN_modulation\.1\.(\w+)", r"head.modulation.\1"),
+)
+_GENERATOR_PATTERNS = tuple((re.compile(old), new) for old, new in _GENERATOR_RENAMES)
+
+
+def convert_generator(official: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Renames an official generator's tensors (SiT-XL/2-gs and its like) to those of `GPSTokenTransformerModel`.
+
+    Args and returns as [`convert_autoencoder`]; of several models in the file, the averaged one is taken.
+
+    Raises ValueError: the file holds no such generator, or names that such a model does not have.
+    """
+    prefix = next((prefix for prefix in _MODEL_PREFIXES if f"{prefix}x_embedder.proj.weight" in official), None)
+    if prefix is None:
+        some = ", ".join(sorted(official)[:5]) or "nothing"
+        hint = " It looks like a GPSToken autoencoder." if _model_prefix(set(official)) is not None else ""
+        raise ValueError(
+            f"{source} holds no GPSToken generator: 'x_embedder.proj.weight' is missing.{hint} It starts with: {some}."
+        )
+    converted: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in official.items():
+        if not name.startswith(prefix):
+            continue
+        name = name[len(prefix) :]
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"blocks.{match[1]}.attn.to_{part}.{match[2]}"] = piece.clone()
+            continue
+        renamed = (match.expand(new) for old, new in _GENERATOR_PATTERNS if (match := old.fullmatch(name)))
+        if (new := next(renamed, None)) is None:
+            unknown.append(name)
+        else:
+            # The official embedding of a token is a convolution of 1 x 1: a linear layer.
+            converted[new] = tensor.flatten(1) if name == "x_embedder.proj.weight" else tensor
+    if unknown:
+        raise ValueError(
+            f"{source} holds {len(unknown)} tensors that a GPSToken generator does not have: "
+            + ", ".join(sorted(unknown)[:20])
+            + (" ..." if len(unknown) > 20 else "")
+        )
+    return converted
+
+
+def recognise_generator_preset(
+    converted: dict[str, Tensor], source: str, preset: str | None = None
+) -> tuple[str, str]:
+    """Which released size a generator's file is, by its width. Args, returns and errors as [`recognise_preset`]."""
+    width = converted["token_embedding.weight"].shape[0]
+    if preset is not None:
+        if preset not in GENERATOR_PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(GENERATOR_PRESETS)}, got {preset!r}.")
+        if GENERATOR_PRESETS[preset]["hidden_size"] != width:
+            raise ValueError(
+                f"preset {preset!r} is {GENERATOR_PRESETS[preset]['hidden_size']} wide, but {source} is {width} wide."
+            )
+        return preset, "as asked for"
+    for name, values in GENERATOR_PRESETS.items():
+        if values["hidden_size"] == width:
+            return name, f"by its width of {width}"
+    raise ValueError(
+        f"{source} is {width} wide, which fits no preset ({', '.join(GENERATOR_PRESETS)}). "
+        "Give its configuration: from_single_file(path, config={...})."
+    )
+
+
+@dataclass(frozen=True)
+class OfficialFormat:
+    """How one kind of official file becomes one kind of model.
+
+    Attributes:
+        presets: constructor arguments of the released sizes.
+        convert: (tensors, source) -> tensors in our names.
+        recognise_preset: (converted tensors, source, preset or None) -> (preset, reason).
+    """
+
+    presets: dict[str, dict]
+    convert: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
+    recognise_preset: Callable[[dict[str, Tensor], str, str | None], tuple[str, str]]
+
+
+AUTOENCODER = OfficialFormat(PRESETS, convert_autoencoder, recognise_preset)
+GENERATOR = OfficialFormat(GENERATOR_PRESETS, convert_generator, recognise_generator_preset)

@@ -55,11 +55,13 @@ class TokenAttention(nn.Module, AttentionModuleMixin):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with GELU between them; (..., in) -> (..., out)."""
+    """Two linear layers with GELU between them, exact or by its tanh approximation; (..., in) -> (..., out)."""
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int):
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, approximate: str = "none"):
         super().__init__(
-            nn.Linear(in_features, hidden_features), nn.GELU(), nn.Linear(hidden_features, out_features)
+            nn.Linear(in_features, hidden_features),
+            nn.GELU(approximate),
+            nn.Linear(hidden_features, out_features),
         )
 
 

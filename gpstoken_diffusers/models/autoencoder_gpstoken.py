@@ -14,12 +14,13 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from .. import convert
 from ..ops.partition import initial_gaussians, partition_image
 from ..ops.splat import splat_gaussians
 from ..tiling import cut_tiles, join_tiles, pad_to_tiles, tile_grid_for
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
 from .lattice_decoder import LatticeDecoder
-from .loading import CheckpointLoadingMixin
+from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
 from .refinement import GaussianRefiner
 from .stem import ImageStem
@@ -46,7 +47,7 @@ class AutoencoderGPSTokenOutput(BaseOutput):
     regions: Tensor
 
 
-class AutoencoderGPSToken(CheckpointLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderGPSToken(SingleFileLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     r"""The GPSToken autoencoder (arXiv 2509.01109): an image becomes N Gaussians with a texture vector each.
 
     A greedy entropy-driven partition places the Gaussians, a transformer refines them and reads their texture, a
@@ -79,6 +80,7 @@ class AutoencoderGPSToken(CheckpointLoadingMixin, ModelMixin, AttentionMixin, Au
     over many Gaussians lose what the decoder looks at. Texture and all convolutions follow the model's dtype.
     """
 
+    _official = convert.AUTOENCODER
     _supports_gradient_checkpointing = True
     _no_split_modules = ["RefinementBlock", "DecoderBlock", "StemBlock", "LocalBlock"]
     _repeated_blocks = ["RefinementBlock"]

@@ -1,4 +1,4 @@
-"""How an autoencoder comes out of files: presets, official single files, folders of `save_pretrained`."""
+"""How models come out of files: presets, official single files, folders of `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -23,64 +23,8 @@ _LOCATION_ARGUMENTS = (
 )  # fmt: skip
 
 
-class CheckpointLoadingMixin:
-    """Stands before `ModelMixin`: adds official files, checks that diffusers leaves out, and clean configurations."""
-
-    @classmethod
-    def from_preset(cls, preset: str, **overrides) -> Self:
-        """A freshly initialised model in the size of a released one: "s64", "m128" or "l256".
-
-        Raises ValueError for another name.
-        """
-        if preset not in convert.PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(convert.PRESETS)}, got {preset!r}.")
-        return cls(**{**convert.PRESETS[preset], **overrides})
-
-    @classmethod
-    def from_single_file(
-        cls,
-        path: str | os.PathLike,
-        *,
-        preset: str | None = None,
-        config: dict | str | os.PathLike | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Loads an official GPSToken autoencoder file as it is.
-
-        Args:
-            path: a `.safetensors` file of the research code. Pickles are refused.
-            preset: "s64", "m128" or "l256". None recognises it: L256 by its shapes; S64 and M128 do not differ in any
-                shape, so by the file's name. The log says which was taken.
-            config: constructor arguments (a dict, or a JSON file) for a model of other sizes; replaces the preset.
-            dtype: of the loaded weights; None keeps float32.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a whole safetensors file, another model's, or tensors that are missing, left over or
-                misshapen (all are listed).
-        """
-        converted = convert.convert_autoencoder(convert.read_safetensors(path), str(path))
-        if config is None:
-            head = converted.get("refiner.texture_head.weight")
-            if head is None:
-                raise ValueError(f"{path} lacks 'to_gps.1.weight', the texture head: it is no whole autoencoder.")
-            preset, reason = convert.recognise_preset(head.shape[0], str(path), preset)
-            logger.warning("Loading %s as the preset %s (%s).", Path(path).name, preset, reason)
-            config = convert.PRESETS[preset]
-        elif preset is not None:
-            raise ValueError("Give either a preset or a config, not both.")
-        elif not isinstance(config, dict):
-            config = convert.read_config_file(config)
-        try:
-            with torch.device("meta"):
-                model = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
-        except TypeError as error:
-            raise ValueError(f"The configuration does not fit AutoencoderGPSToken: {error}.") from error
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        convert.check_against_model(converted, expected, str(path))
-        converted = {name: tensor.to(dtype or torch.float32) for name, tensor in converted.items()}
-        model.load_state_dict(converted, assign=True)
-        return model.requires_grad_(True).eval()
+class FolderLoadingMixin:
+    """Stands before `ModelMixin`: adds checks that diffusers leaves out, and clean configurations."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
@@ -97,7 +41,7 @@ class CheckpointLoadingMixin:
         where = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
         class_name = cls.load_config(pretrained_model_name_or_path, **where).get("_class_name")
         if class_name != cls.__name__:
-            raise ValueError(f"{pretrained_model_name_or_path} holds a {class_name}, not an {cls.__name__}.")
+            raise ValueError(f"{pretrained_model_name_or_path} holds a model of class {class_name}, not {cls.__name__}.")
         model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
         empty = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
@@ -113,3 +57,66 @@ class CheckpointLoadingMixin:
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class SingleFileLoadingMixin(FolderLoadingMixin):
+    """Adds presets and official single files; a model says by `_official` which format is its own."""
+
+    _official: convert.OfficialFormat
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides) -> Self:
+        """A freshly initialised model in the size of a released one.
+
+        Raises ValueError, naming the presets, for another name.
+        """
+        presets = cls._official.presets
+        if preset not in presets:
+            raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
+        return cls(**{**presets[preset], **overrides})
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike,
+        *,
+        preset: str | None = None,
+        config: dict | str | os.PathLike | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Loads an official GPSToken file as it is.
+
+        Args:
+            path: a `.safetensors` file of the research code. Pickles are refused.
+            preset: the released size, as for `from_preset`. None recognises it by its shapes, or by the file's name where
+                shapes do not tell (S64 and M128 of the autoencoder). The log says which was taken.
+            config: constructor arguments (a dict, or a JSON file) for a model of other sizes; replaces the preset.
+            dtype: of the loaded weights; None keeps float32.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a whole safetensors file, another model's, or tensors that are missing, left over or
+                misshapen (all are listed).
+        """
+        converted = cls._official.convert(convert.read_safetensors(path), str(path))
+        if config is None:
+            preset, reason = cls._official.recognise_preset(converted, str(path), preset)
+            logger.warning("Loading %s as the preset %s (%s).", Path(path).name, preset, reason)
+            config = cls._official.presets[preset]
+        elif preset is not None:
+            raise ValueError("Give either a preset or a config, not both.")
+        elif not isinstance(config, dict):
+            config = convert.read_config_file(config)
+        try:
+            with torch.device("meta"):
+                model = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
+        except TypeError as error:
+            raise ValueError(f"The configuration does not fit {cls.__name__}: {error}.") from error
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        convert.check_against_model(converted, expected, str(path))
+        converted = {name: tensor.to(dtype or torch.float32) for name, tensor in converted.items()}
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.load_state_dict(converted, assign=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return model.eval()

@@ -1,0 +1,84 @@
+"""Between tokens and what a generator works on: a geometry residual and texture, each channel standardised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tokens import CENTER, GEOMETRY_CHANNELS, RHO, SIGMA
+
+# The released code's bounds on what it generates.
+MIN_SIGMA = 1e-5
+MAX_ABS_CORRELATION = 0.99999
+
+
+def geometry_residual(initial_geometry: Tensor, geometry: Tensor, kind: str) -> Tensor:
+    """By what a Gaussian differs from the one it started as; undone by [`apply_geometry_residual`].
+
+    Args:
+        initial_geometry, geometry: (..., 5) float32.
+        kind: "additive", the difference of the numbers, as the released generator takes it; or "relative": log ratios of
+            the sigmas, atanh of rho, and the centre's shift in units of the initial sigmas. Additive residuals of small
+            Gaussians vanish beside those of large ones; relative ones are alike, and any value gives a valid Gaussian.
+
+    Returns: (..., 5) float32.
+    """
+    if kind == "additive":
+        return geometry - initial_geometry
+    scale = initial_geometry[..., SIGMA]
+    rho = geometry[..., RHO, None].clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION)
+    return torch.cat(
+        [
+            (geometry[..., SIGMA] / scale).log(),
+            rho.atanh() - initial_geometry[..., RHO, None].atanh(),
+            (geometry[..., CENTER] - initial_geometry[..., CENTER]) / scale,
+        ],
+        dim=-1,
+    )
+
+
+def apply_geometry_residual(initial_geometry: Tensor, residual: Tensor, kind: str) -> Tensor:
+    """Adds a residual of [`geometry_residual`]; sigma and rho are clamped as the released code does.
+
+    Returns: (..., 5) float32, sigma in [1e-5, 1 - 1e-5], |rho| <= 0.99999.
+    """
+    if kind == "additive":
+        sigma = initial_geometry[..., SIGMA] + residual[..., SIGMA]
+        rho = initial_geometry[..., RHO, None] + residual[..., RHO, None]
+        center = initial_geometry[..., CENTER] + residual[..., CENTER]
+    else:
+        scale = initial_geometry[..., SIGMA]
+        sigma = scale * residual[..., SIGMA].exp()
+        rho = (initial_geometry[..., RHO, None].atanh() + residual[..., RHO, None]).tanh()
+        center = initial_geometry[..., CENTER] + scale * residual[..., CENTER]
+    sigma = sigma.clamp(MIN_SIGMA, 1 - MIN_SIGMA)
+    return torch.cat([sigma, rho.clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION), center], dim=-1)
+
+
+class TokenLatentsMixin:
+    """Standardised latents of a generator, by the `latents_mean`, `latents_std` and `geometry_residual` of its config."""
+
+    def to_latents(self, initial_geometry: Tensor, geometry: Tensor, texture: Tensor) -> Tensor:
+        """Tokens as latents.
+
+        Args:
+            initial_geometry: (..., N, 5), the layout they were made from.
+            geometry, texture: (..., N, 5) and (..., N, C).
+
+        Returns: (..., N, 5 + C) float32, around mean 0 and standard deviation 1.
+        """
+        residual = geometry_residual(initial_geometry.float(), geometry.float(), self.config.geometry_residual)
+        mean, std = self._latents_scale(texture.device)
+        return (torch.cat([residual, texture.float()], dim=-1) - mean) / std
+
+    def from_latents(self, initial_geometry: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Undoes `to_latents`: (..., N, 5) and (..., N, 5 + C) -> geometry (..., N, 5), texture (..., N, C), float32."""
+        mean, std = self._latents_scale(latents.device)
+        values = latents.float() * std + mean
+        residual, texture = values[..., :GEOMETRY_CHANNELS], values[..., GEOMETRY_CHANNELS:]
+        kind = self.config.geometry_residual
+        return apply_geometry_residual(initial_geometry.float(), residual, kind), texture
+
+    def _latents_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        scale = (self.config.latents_mean, self.config.latents_std)
+        return tuple(torch.tensor(values, dtype=torch.float32, device=device) for values in scale)

@@ -1,0 +1,164 @@
+"""GPSTokenTransformerModel: the second stage of generation, from a layout to what its Gaussians show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .. import convert
+from ..tokens import GEOMETRY_CHANNELS
+from .conditional_block import (
+    ConditionalBlock,
+    ConditionalHead,
+    GaussianEmbedding,
+    TimeEmbedding,
+    initialise_generator,
+)
+from .loading import SingleFileLoadingMixin
+from .token_latents import TokenLatentsMixin
+
+
+@dataclass
+class VelocityOutput(BaseOutput):
+    """What a flow-matching network gives.
+
+    Attributes:
+        sample: (B, N, channels), the velocity data - noise at the asked time, in the dtype of the input.
+    """
+
+    sample: Tensor
+
+
+class GPSTokenTransformerModel(
+    SingleFileLoadingMixin, TokenLatentsMixin, ModelMixin, AttentionMixin, ConfigMixin
+):
+    r"""A SiT over tokens: predicts the velocity of the latents z_t = t z + (1 - t) noise.
+
+    Latents are standardised geometry residuals and textures ([`TokenLatentsMixin`]); every token is told its initial
+    Gaussian, and all tokens the time and the class. There is no other position, so that the order of tokens is without
+    meaning and any number of them can be asked for. With the default arguments it is the released SiT-XL/2-gs in all but
+    its scale of latents; `from_preset("xl")` and `from_single_file` give the whole of it.
+
+    N. Ma et al., "SiT: exploring flow and diffusion-based generative models with scalable interpolant transformers",
+    2024; GPSToken, arXiv 2509.01109.
+
+    Args:
+        texture_channels: numbers of texture per token; latents have 5 more channels.
+        num_tokens: tokens per image that it was trained on. Others work, as far as training carries.
+        num_classes: classes; label `num_classes` is the null class, "no class in particular".
+        hidden_size, num_layers, num_attention_heads: the transformer.
+        layout_frequencies: see [`GaussianEmbedding`]; 0 as released.
+        geometry_residual: "additive" as released, or "relative", see [`geometry_residual`].
+        latents_mean, latents_std: (5 + texture_channels) numbers that standardise the latents; None for 0 and 1.
+        learn_sigma: whether the last layer has a second half that nothing uses, as in the released files.
+        position_table: whether there is a table of `num_tokens` positions, as in the released files, which stands in
+            where no layout is given. It is never trained.
+    """
+
+    _official = convert.GENERATOR
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ConditionalBlock"]
+    _repeated_blocks = ["ConditionalBlock"]
+    _skip_layerwise_casting_patterns = ["_embedding", "norm", "modulation", "head"]
+
+    @register_to_config
+    def __init__(
+        self,
+        texture_channels: int = 16,
+        num_tokens: int = 128,
+        num_classes: int = 1000,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        layout_frequencies: int = 0,
+        geometry_residual: str = "additive",
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        learn_sigma: bool = False,
+        position_table: bool = False,
+    ):
+        super().__init__()
+        if geometry_residual not in ("additive", "relative"):
+            raise ValueError(f'geometry_residual must be "additive" or "relative", got {geometry_residual!r}.')
+        channels = GEOMETRY_CHANNELS + texture_channels
+        scale = {"latents_mean": latents_mean or [0.0] * channels, "latents_std": latents_std or [1.0] * channels}
+        for name, values in scale.items():
+            if len(values) != channels:
+                raise ValueError(f"{name} must have 5 + texture_channels = {channels} numbers, got {len(values)}.")
+        if min(scale["latents_std"]) <= 0:
+            raise ValueError(f"latents_std must be positive, got {min(scale['latents_std'])}.")
+        self.register_to_config(**{name: list(values) for name, values in scale.items()})
+        self.token_embedding = nn.Linear(channels, hidden_size)
+        self.layout_embedding = GaussianEmbedding(hidden_size, layout_frequencies)
+        self.time_embedding = TimeEmbedding(hidden_size)
+        self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.blocks = nn.ModuleList(ConditionalBlock(hidden_size, num_attention_heads) for _ in range(num_layers))
+        self.head = ConditionalHead(hidden_size, channels * (2 if learn_sigma else 1))
+        initialise_generator(self)
+        if position_table:
+            self.positions = nn.Parameter(torch.zeros(1, num_tokens, hidden_size), requires_grad=False)
+        self.gradient_checkpointing = False
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        layout: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> VelocityOutput | tuple[Tensor]:
+        """Predicts the velocity.
+
+        Args:
+            hidden_states: (B, N, 5 + texture_channels), noisy latents.
+            timestep: (B,) float, flow time: 0 is noise, 1 is data.
+            class_labels: (B,) int, 0 to `num_classes`, the last for no class.
+            layout: (B, N, 5), initial Gaussians. None takes the table of positions, where the model has one.
+            return_dict: whether to return a [`VelocityOutput`] or a tuple.
+
+        Returns: (B, N, 5 + texture_channels), data - noise.
+
+        Raises ValueError: shapes that do not fit together, or no layout where there is no table.
+        """
+        channels = GEOMETRY_CHANNELS + self.config.texture_channels
+        if hidden_states.ndim != 3 or hidden_states.shape[-1] != channels:
+            raise ValueError(
+                f"hidden_states must have the shape (B, N, {channels}): five geometry channels and this model's "
+                f"{self.config.texture_channels} texture channels; got {tuple(hidden_states.shape)}."
+            )
+        if layout is None:
+            if not self.config.position_table:
+                raise ValueError("This model needs a layout: (B, N, 5) initial Gaussians, one for each token.")
+            if hidden_states.shape[1] != self.config.num_tokens:
+                raise ValueError(
+                    f"Without a layout this model takes {self.config.num_tokens} tokens, got {hidden_states.shape[1]}."
+                )
+            where = self.positions
+        elif layout.shape != (*hidden_states.shape[:2], GEOMETRY_CHANNELS):
+            raise ValueError(
+                f"layout must have the shape {(*hidden_states.shape[:2], GEOMETRY_CHANNELS)} to go with the latents, got "
+                f"{tuple(layout.shape)}."
+            )
+        else:
+            where = self.layout_embedding(layout)
+        tokens = self.token_embedding(hidden_states.to(self.token_embedding.weight.dtype)) + where
+        condition = self.time_embedding(timestep) + self.class_embedding(class_labels)
+        condition = nn.functional.silu(condition)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, condition)
+            else:
+                tokens = block(tokens, condition)
+        velocity = self.head(tokens, condition)[..., :channels].to(hidden_states.dtype)
+        return VelocityOutput(sample=velocity) if return_dict else (velocity,)

@@ -1,0 +1,132 @@
+"""GPSTokenLayoutModel: the first stage of generation, from noise to where the Gaussians lie."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ..tokens import CENTER, SIGMA
+from .conditional_block import (
+    ConditionalBlock,
+    ConditionalHead,
+    TimeEmbedding,
+    fourier_features,
+    initialise_generator,
+)
+from .loading import FolderLoadingMixin
+from .transformer_gpstoken import VelocityOutput
+
+LAYOUT_CHANNELS = 4
+
+
+class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
+    r"""A light transformer that draws layouts: N initial Gaussians as a set, by flow matching.
+
+    A layout's latents are, per Gaussian, (log2 sigma_x, log2 sigma_y, x, y), standardised; rho is 0 in every layout.
+    Nothing tells the tokens apart but their own noise, so that the set has no order and any N can be asked for. What it
+    draws lies near a partition and is none yet: [`calibrate_layout`] finds the partition (generation pipeline of
+    GPSToken, arXiv 2509.01109: mean calibration and sigma re-initialisation).
+
+    Args:
+        num_tokens: tokens per image that it was trained on.
+        num_classes: classes; label `num_classes` is the null class.
+        hidden_size, num_layers, num_attention_heads: the transformer.
+        coordinate_frequencies: octaves of [`fourier_features`] by which the noisy latents are embedded.
+        latents_mean, latents_std: four numbers each that standardise the latents; None for 0 and 1.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ConditionalBlock"]
+    _repeated_blocks = ["ConditionalBlock"]
+    _skip_layerwise_casting_patterns = ["_embedding", "norm", "modulation", "head"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_tokens: int = 128,
+        num_classes: int = 1000,
+        hidden_size: int = 192,
+        num_layers: int = 6,
+        num_attention_heads: int = 6,
+        coordinate_frequencies: int = 6,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        scale = {
+            "latents_mean": latents_mean or [0.0] * LAYOUT_CHANNELS,
+            "latents_std": latents_std or [1.0] * LAYOUT_CHANNELS,
+        }
+        for name, values in scale.items():
+            if len(values) != LAYOUT_CHANNELS:
+                raise ValueError(f"{name} must have {LAYOUT_CHANNELS} numbers, got {len(values)}.")
+        self.register_to_config(**{name: list(values) for name, values in scale.items()})
+        self.token_embedding = nn.Linear(LAYOUT_CHANNELS * (1 + 2 * coordinate_frequencies), hidden_size)
+        self.time_embedding = TimeEmbedding(hidden_size)
+        self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.blocks = nn.ModuleList(ConditionalBlock(hidden_size, num_attention_heads) for _ in range(num_layers))
+        self.head = ConditionalHead(hidden_size, LAYOUT_CHANNELS)
+        initialise_generator(self)
+        self.gradient_checkpointing = False
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> VelocityOutput | tuple[Tensor]:
+        """Predicts the velocity of noisy layouts.
+
+        Args:
+            hidden_states: (B, N, 4), noisy latents.
+            timestep: (B,) float, flow time: 0 is noise, 1 is data.
+            class_labels: (B,) int, 0 to `num_classes`, the last for no class.
+            return_dict: whether to return a [`VelocityOutput`] or a tuple.
+
+        Returns: (B, N, 4), data - noise.
+
+        Raises ValueError: another shape of latents.
+        """
+        if hidden_states.ndim != 3 or hidden_states.shape[-1] != LAYOUT_CHANNELS:
+            raise ValueError(
+                f"hidden_states must have the shape (B, N, {LAYOUT_CHANNELS}), got {tuple(hidden_states.shape)}."
+            )
+        latents = hidden_states.float()
+        # Latents reach some three deviations: a quarter of them fits the longest wave of the features.
+        features = [latents, fourier_features(latents / 4, self.config.coordinate_frequencies)]
+        tokens = self.token_embedding(torch.cat(features, dim=-1).to(self.token_embedding.weight.dtype))
+        condition = nn.functional.silu(self.time_embedding(timestep) + self.class_embedding(class_labels))
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, condition)
+            else:
+                tokens = block(tokens, condition)
+        velocity = self.head(tokens, condition).to(hidden_states.dtype)
+        return VelocityOutput(sample=velocity) if return_dict else (velocity,)
+
+    def to_latents(self, layout: Tensor) -> Tensor:
+        """Initial Gaussians (..., N, 5) as standardised latents (..., N, 4) float32."""
+        mean, std = self._latents_scale(layout.device)
+        return (layout_features(layout) - mean) / std
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Undoes `to_latents`: (..., N, 4) -> Gaussians (..., N, 5) float32 with rho = 0, not yet calibrated."""
+        mean, std = self._latents_scale(latents.device)
+        values = latents.float() * std + mean
+        sigma, center = values[..., :2].exp2(), values[..., 2:]
+        return torch.cat([sigma, torch.zeros_like(sigma[..., :1]), center], dim=-1)
+
+    def _latents_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        scale = (self.config.latents_mean, self.config.latents_std)
+        return tuple(torch.tensor(values, dtype=torch.float32, device=device) for values in scale)
+
+
+def layout_features(layout: Tensor) -> Tensor:
+    """What the layout model draws: (..., 5) initial Gaussians -> (..., 4), log2 of the sigmas and the centre."""
+    layout = layout.float()
+    return torch.cat([layout[..., SIGMA].log2(), layout[..., CENTER]], dim=-1)
