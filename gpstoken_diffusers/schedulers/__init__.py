@@ -1,0 +1,1 @@
+"""Samplers: how noise becomes data along a learned velocity field."""
