@@ -15,14 +15,14 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from photographs.debian import PackageUnavailable, fetch_package, sha256_of, unpack_package
+from fetching import sha256_of, write_atomically
+from photographs.debian import PackageUnavailable, fetch_package, unpack_package
 from photographs.selection import Photograph, select_photographs
 from photographs.sources import SOURCES, Source
 from PIL import Image
@@ -96,14 +96,6 @@ class Manifest:
     def _fingerprint(source: Source) -> dict:
         selection = hashlib.sha256(repr(source).encode()).hexdigest()  # another choice of files: do it again
         return {"version": source.version, "sha256": source.sha256, "selection": selection}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path`; a reader sees the old file, or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def encode(data: bytes) -> tuple[str, bytes, tuple[int, int]]:

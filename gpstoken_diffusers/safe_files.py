@@ -52,7 +52,8 @@ def open_safetensors(path: str | os.PathLike, advice: str) -> Iterator[safe_open
         start = file.read(9)
     if not start:
         raise ValueError(f"{path}: the file is empty (0 bytes). {advice}")
-    if start.startswith(_PICKLE_STARTS):
+    # A safetensors file begins with its header's length, which may read like a pickle's start, and then a brace.
+    if start.startswith(_PICKLE_STARTS) and start[8:] != b"{":
         raise ValueError(
             f"{path}: this is a Python pickle (as torch.save writes), whatever its name says. Reading it could run "
             "code, so it was not read. Where you trust it, write its tensors with safetensors.torch.save_file."

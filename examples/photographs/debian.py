@@ -1,26 +1,18 @@
 """Fetch a Debian package without installing it: apt-get download, check its sha256, dpkg-deb -x."""
 
-import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+from fetching import sha256_of
+
 from .sources import Source
 
 
 class PackageUnavailable(Exception):
     """A package cannot be had or must not be trusted; the message says why and what to do."""
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fetch_package(source: Source, cache: Path) -> Path:

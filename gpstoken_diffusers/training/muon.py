@@ -70,11 +70,14 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """(for Muon, for Adam): hidden weight matrices, and what an orthogonal update does not suit.
 
     Vectors, embeddings and the layers that give the model's outputs stay with Adam: their rows are not
-    interchangeable directions.
+    interchangeable directions. Parameters that need no gradient are in neither list.
     """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        output = any(part in name for part in ("_head.", "conv_out."))
-        embedding = name.endswith("token_embedding")
-        (others if parameter.ndim < 2 or output or embedding else matrices).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        output = any(part in name for part in ("_head.", "conv_out.", "head.proj."))
+        table = id(parameter) in tables or name.endswith("token_embedding")
+        (others if parameter.ndim < 2 or output or table else matrices).append(parameter)
     return matrices, others
