@@ -16,8 +16,6 @@ import copy
 import json
 import logging
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 
@@ -33,8 +31,9 @@ from tqdm.auto import tqdm
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor
 from gpstoken_diffusers.metrics import psnr
+from gpstoken_diffusers.training.checkpoints import resume_checkpoint, save_checkpoint
 from gpstoken_diffusers.training.data import PhotographCrops, center_crop, list_images, to_pixel_values
-from gpstoken_diffusers.training.muon import Muon, split_parameters
+from gpstoken_diffusers.training.optimization import build_optimizers, learning_rate_scale
 
 logger = logging.getLogger("train_autoencoder")
 
@@ -112,18 +111,6 @@ def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
     return AutoencoderGPSToken(**{**config, **tile})
 
 
-def build_optimizers(model: AutoencoderGPSToken, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the weight matrices and AdamW for the rest."""
-    adam = {"weight_decay": args.weight_decay, "betas": (0.9, 0.99)}
-    if args.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=args.learning_rate, **adam)]
-    matrices, others = split_parameters(model)
-    return [
-        Muon(matrices, lr=args.learning_rate, weight_decay=args.weight_decay),
-        torch.optim.AdamW(others, lr=args.adam_learning_rate, **adam),
-    ]
-
-
 class TokenCountBatches(PhotographCrops):
     """Crops whose token count varies from batch to batch, so that the model works at any count."""
 
@@ -141,14 +128,6 @@ class TokenCountBatches(PhotographCrops):
 def reconstruction_loss(reconstruction: Tensor, target: Tensor, args: argparse.Namespace) -> Tensor:
     difference = reconstruction.float() - target
     return args.l1_weight * difference.abs().mean() + args.l2_weight * difference.square().mean()
-
-
-def learning_rate_scale(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to `final_lr_scale`."""
-    if step < args.warmup_steps:
-        return (step + 1) / args.warmup_steps
-    progress = min(1.0, (step - args.warmup_steps) / max(1, args.max_train_steps - args.warmup_steps))
-    return args.final_lr_scale + (1 - args.final_lr_scale) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -170,34 +149,18 @@ def validate(model: AutoencoderGPSToken, images: Tensor, sheet: Path, args: argp
     return torch.cat(scores).mean().item()
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
-
-
-def save_checkpoint(
-    accelerator: Accelerator, model: AutoencoderGPSToken, ema: EMAModel, step: int, args: argparse.Namespace
-) -> None:
-    """Writes a checkpoint whole or not at all: into a temporary folder that is renamed once complete."""
-    output_dir = Path(args.output_dir)
-    temporary, final = output_dir / f"tmp-checkpoint-{step}", output_dir / f"checkpoint-{step}"
-    accelerator.save_state(str(temporary))
-    if not accelerator.is_main_process:
-        return
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    kept = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-    for old in kept[: -args.checkpoints_total_limit]:
-        shutil.rmtree(old)
+def save_model(model: AutoencoderGPSToken, ema: EMAModel, args: argparse.Namespace) -> None:
+    """Writes the averaged weights and the image processor that goes with them to OUTPUT_DIR/model."""
+    folder = Path(args.output_dir) / "model"
     averaged = copy.deepcopy(model)
     ema.copy_to(averaged.parameters())
-    averaged.to(getattr(torch, args.save_dtype)).save_pretrained(output_dir / "model")
+    averaged.to(getattr(torch, args.save_dtype)).save_pretrained(folder)
     GPSTokenImageProcessor(
         tile_size=model.config.sample_size,
         num_tokens=model.config.num_tokens,
         min_region_size=model.config.min_region_size,
         entropy_exponent=model.config.entropy_exponent,
-    ).save_pretrained(output_dir / "model")
+    ).save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,12 +181,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    optimizers = build_optimizers(model, args)
+    optimizers = build_optimizers(
+        model, args.optimizer, args.learning_rate, args.adam_learning_rate, args.weight_decay
+    )
     steps = args.max_train_steps
     batches = steps * args.gradient_accumulation_steps
     dataset = TokenCountBatches(args, batches * args.batch_size * accelerator.num_processes, args.seed)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers, persistent_workers=args.num_workers > 0)
-    schedulers = [LambdaLR(optimizer, lambda step: learning_rate_scale(step, args)) for optimizer in optimizers]
+
+    def scale(step: int) -> float:
+        return learning_rate_scale(step, args.warmup_steps, args.max_train_steps, args.final_lr_scale)
+
+    schedulers = [LambdaLR(optimizer, scale) for optimizer in optimizers]
     model, loader = accelerator.prepare(model, loader)
     optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
     schedulers = [accelerator.prepare_scheduler(scheduler) for scheduler in schedulers]
@@ -245,16 +214,9 @@ def main(argv: list[str] | None = None) -> None:
                 crops.append(to_pixel_values(center_crop(image, args.resolution)))
         validation = torch.stack(crops)
 
-    first_step = 0
-    if args.resume_from_checkpoint:
-        wanted = args.resume_from_checkpoint
-        checkpoint = latest_checkpoint(output_dir) if wanted == "latest" else Path(wanted)
-        if checkpoint is None:
-            logger.info("No checkpoint in %s yet: starting from the beginning.", output_dir)
-        else:
-            accelerator.load_state(str(checkpoint))
-            first_step = int(checkpoint.name.split("-")[-1])
-            loader = accelerator.skip_first_batches(loader, first_step * args.gradient_accumulation_steps)
+    first_step = resume_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    if first_step:
+        loader = accelerator.skip_first_batches(loader, first_step * args.gradient_accumulation_steps)
 
     started = time.time()
     main = accelerator.is_main_process
@@ -302,7 +264,9 @@ def main(argv: list[str] | None = None) -> None:
             logger.info("step %d: loss %.4f, held-out PSNR %.2f dB", step, average, score)
             accelerator.log({"loss": average, "psnr": score}, step=step)
         if step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, accelerator.unwrap_model(model), ema, step, args)
+            save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
+            if main:
+                save_model(accelerator.unwrap_model(model), ema, args)
         if last:
             break
     accelerator.end_training()

@@ -13,9 +13,17 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AutoencoderGPSToken": "models.autoencoder_gpstoken",
-    "GPSTokenTransformerModel": "models.transformer_gpstoken",
+    "FlowMatchDopri5Scheduler": "schedulers.scheduling_dopri5",
     "GPSTokenImageProcessor": "image_processor",
+    "GPSTokenLayoutModel": "models.transformer_gpstoken_layout",
+    "GPSTokenPipeline": "pipelines.pipeline_gpstoken",
+    "GPSTokenSDEScheduler": "schedulers.scheduling_gpstoken_sde",
+    "GPSTokenTransformerModel": "models.transformer_gpstoken",
     "GPSTokens": "tokens",
+    "LayoutBank": "layout_bank",
+    "calibrate_layout": "ops.calibration",
+    "layout_from_boxes": "ops.calibration",
+    "make_sampler": "schedulers.presets",
     "partition_image": "ops.partition",
     "splat_gaussians": "ops.splat",
     "visualize_gaussians": "visualization",

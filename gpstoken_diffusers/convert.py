@@ -1,8 +1,8 @@
 """Official checkpoint files to this package's names: the one place that knows the old ones.
 
 The research code (github.com/xtudbxk/GPSToken) stores an autoencoder as safetensors with names such as
-`attnblocks.0.attn1.in_proj_weight`, and a generator with SiT's names under `ema_model.`. Nothing here is unpickled: other
-file types are refused.
+`attnblocks.0.attn1.in_proj_weight`, and a generator with SiT's names under `ema_model.`. Nothing here is unpickled:
+other file types are refused.
 """
 
 from __future__ import annotations

@@ -109,6 +109,32 @@ def panel(columns: Sequence[tuple[str, Image.Image]], footer: str = "") -> Image
     return sheet
 
 
+def picture_grid(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
+    """Set pictures of one size in rows on white.
+
+    Args:
+        pictures: at least one, all of one size.
+        columns: pictures in a row; None makes the grid as square as it can be.
+        gap: px of white between pictures and around them.
+
+    Raises:
+        ValueError: no pictures, pictures of several sizes, or fewer than one column.
+    """
+    if not pictures or len({picture.size for picture in pictures}) > 1:
+        raise ValueError("a grid needs pictures, all of one size")
+    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"a grid needs at least one column, not {columns}")
+    columns = min(columns, len(pictures))
+    width, height = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        sheet.paste(picture.convert("RGB"), (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
 def _geometry_px(tokens: GPSTokens, height: int, width: int) -> Tensor:
     """(B, N, 5) in pixels of a picture of that size: sigma_x, sigma_y, rho, x, y; pixel i is centred at i."""
     canvas = torch.tensor([max(side - 1, 1) for side in reversed(tokens.canvas_size)])

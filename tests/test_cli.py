@@ -164,10 +164,10 @@ def test_bugs_and_debug_show_a_traceback(tmp_path, monkeypatch):
 
 
 def test_demo_leaves_pictures_and_figures(model_folder, tmp_path, monkeypatch, capsys):
-    with Image.open(commands.PHOTOGRAPH) as shipped:
+    with Image.open(commands.DEMO_PHOTOGRAPH) as shipped:
         assert min(shipped.size) >= 256
     # The tiny model's tiles are so small that the whole photograph has hundreds of them.
-    monkeypatch.setattr(commands, "PHOTOGRAPH", photo(tmp_path / "demo.png", 48, 64))
+    monkeypatch.setattr(commands, "DEMO_PHOTOGRAPH", photo(tmp_path / "demo.png", 48, 64))
     out = tmp_path / "new" / "outputs"
     assert run("demo", "-o", out, "--model", model_folder) == 0
     assert names_in(out) == {

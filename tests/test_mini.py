@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokens
-from gpstoken_diffusers.assets import DEMO_PHOTOGRAPH, MINI
+from gpstoken_diffusers.assets import DEMO_PHOTOGRAPH, MINI, MINI_PIPELINE
 from gpstoken_diffusers.metrics import psnr
 
 
@@ -38,7 +38,7 @@ def reconstruct(mini, processor, image: Image.Image, **kwargs) -> tuple[torch.Te
 def test_it_is_small_and_says_where_it_comes_from():
     files = {path.name: path.stat().st_size for path in MINI.iterdir()}
     assert files["diffusion_pytorch_model.safetensors"] <= 24e6
-    card = (MINI / "README.md").read_text(encoding="utf-8")
+    card = (MINI_PIPELINE / "README.md").read_text(encoding="utf-8")
     for part in ("licence", "endless-sky", "PSNR", "examples/train_autoencoder.py"):
         assert part in card
     assert "_name_or_path" not in (MINI / "config.json").read_text()

@@ -4,8 +4,11 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 
-MINI = _HERE / "gpstoken-mini"
-"""Folder of the model that this project trained; its README.md is the model card."""
+MINI_PIPELINE = _HERE / "gpstoken-mini"
+"""Folder of the pipeline that this project trained, both stages and the tokenizer; its README.md is the model card."""
+
+MINI = MINI_PIPELINE / "autoencoder"
+"""Folder of the tokenizer in it, with its image processor."""
 
 DEMO_PHOTOGRAPH = _HERE / "demo.jpg"
 """A kingfisher, 768 x 512 px; no model was trained on it."""

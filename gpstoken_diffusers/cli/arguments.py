@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import __version__
 
 PRESETS = ("s64", "m128", "l256")  # the names of convert.PRESETS, which would import PyTorch
+SAMPLERS = ("official-sde", "official-ode", "official-ode-euler", "sde", "euler", "heun", "unipc", "dpm++")  # as above
 DTYPES = ("float32", "bfloat16", "float16")
 
 _ENCODE = """\
@@ -38,6 +39,15 @@ examples:
   gpstoken panel photo.jpg -o panel.png
   gpstoken panel photo.jpg -o panel.png --style ellipses
 """
+_GENERATE = """\
+The model first draws where the Gaussians lie, then what they show. The same label, seed and settings give the
+same pictures on every machine, up to rounding; picture k of a run is the same however many are made.
+
+examples:
+  gpstoken generate --label Food --seed 1 -n 16
+  gpstoken generate --label Food --layout photo.png -n 4 -o food-in-the-shape-of-the-photo.png
+  gpstoken generate --list-labels
+"""
 _CONVERT = """\
 examples:
   gpstoken convert gpstoken_l256.safetensors -o gpstoken-l256
@@ -54,6 +64,7 @@ examples:
   gpstoken demo                                     a photograph to Gaussians and back, with the shipped model
   gpstoken encode photo.jpg -o photo.safetensors    then: gpstoken decode photo.safetensors -o photo.png
   gpstoken reconstruct photos/ -o reconstructed/    a folder, with PSNR and SSIM of each picture
+  gpstoken generate --label Food -n 16              new pictures of a class
   gpstoken COMMAND --help                           options and examples of a command
 """
 
@@ -122,6 +133,34 @@ def build_parser() -> argparse.ArgumentParser:
     _num_tokens(panel)
     _model_options(panel)
 
+    generate = _command(commands, "generate", "generation", "new pictures of a class, in one grid", _GENERATE)
+    generate.add_argument(
+        "--label", metavar="CLASS", help="name or number of the class (default: no class in particular)"
+    )
+    generate.add_argument("--list-labels", action="store_true", help="print the model's classes, and do no more")
+    generate.add_argument("--seed", metavar="S", type=int, default=0, help="of the first picture (default: 0)")
+    generate.add_argument("-n", "--count", metavar="N", type=int, default=4, help="pictures to make (default: 4)")
+    _output(generate, "picture to write (default: generated.png)", default=Path("generated.png"))
+    generate.add_argument(
+        "--layout", metavar="IMAGE", type=Path, help="take the layout of this picture instead of drawing one"
+    )
+    generate.add_argument("--steps", metavar="N", type=int, help="steps of the second stage (default: the sampler's)")
+    generate.add_argument(
+        "--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's own)"
+    )
+    generate.add_argument(
+        "--guidance", metavar="W", type=float, default=1.5, help="how strongly to keep to the class (default: 1.5)"
+    )
+    generate.add_argument("--num-tokens", metavar="N", type=int, help="tokens per picture (default: the model's)")
+    generate.add_argument(
+        "--model",
+        metavar="PATH",
+        type=Path,
+        help="a pipeline's folder (default: gpstoken-mini, which is part of this package)",
+    )
+    _hardware(generate)
+    _common(generate)
+
     summary = "official checkpoint -> folder for from_pretrained"
     convert = _command(commands, "convert", "conversion", summary, _CONVERT)
     convert.add_argument("checkpoint", metavar="OFFICIAL", type=Path, help="official .safetensors file")
@@ -186,6 +225,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "(default: gpstoken-mini, which is part of this package)",
     )
     _preset(group, "configuration of an official file, where its shapes and name do not tell")
+    _hardware(group)
+    _common(parser)
+
+
+def _hardware(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--device",
         type=_device,
@@ -199,7 +243,6 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="precision of the networks (default: auto = bfloat16 on a GPU that has it, else float32)",
     )
-    _common(parser)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

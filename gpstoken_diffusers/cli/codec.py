@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..assets import MINI_PIPELINE
 from ..image_processor import GPSTokenImageProcessor
 from ..metrics import psnr, ssim
 from ..models.autoencoder_gpstoken import AutoencoderGPSToken
 from ..ops.partition import max_tokens
 from ..tokens import GPSTokens
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-SHIPPED_MODEL = ASSETS / "gpstoken-mini"
+AUTOENCODER_FOLDER = "autoencoder"  # of a pipeline
 SMALLEST_FOR_SSIM = 11  # px, the side of its window
 
 
@@ -115,9 +115,12 @@ def load_codec(args: argparse.Namespace) -> Codec:
         OSError: no such model, or an incomplete or damaged one.
         ValueError: a model of another kind, a device that is not there, options that do not go together.
     """
-    device = _device(args.device)
-    dtype = _dtype(args.dtype, device)
-    path = args.model or SHIPPED_MODEL
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    path = args.model or MINI_PIPELINE
+    name = path.resolve().name
+    if (path / AUTOENCODER_FOLDER / "config.json").is_file():
+        path = path / AUTOENCODER_FOLDER  # a whole pipeline: its tokenizer
     if path.is_dir():
         if args.preset is not None:
             raise ValueError(f"--preset is for official files; the folder {path} holds its own configuration.")
@@ -129,7 +132,7 @@ def load_codec(args: argparse.Namespace) -> Codec:
     else:
         raise FileNotFoundError(f"no model at {path}. Give a folder or an official .safetensors file.")
     processor = processor_for(model, path)
-    return Codec(path.resolve().name, model.to(device).eval(), processor)
+    return Codec(name, model.to(device).eval(), processor)
 
 
 def processor_for(model: AutoencoderGPSToken, path: Path) -> GPSTokenImageProcessor:
@@ -177,7 +180,8 @@ def _load_folder(path: Path, dtype: torch.dtype) -> AutoencoderGPSToken:
     return AutoencoderGPSToken.from_pretrained(path, dtype=dtype, use_safetensors=True, local_files_only=True)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """What `--device` asks for. Raises ValueError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -193,7 +197,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What `--dtype` asks for on this device."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

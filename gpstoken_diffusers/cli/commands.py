@@ -8,15 +8,15 @@ import logging
 from PIL import Image
 
 from .. import __version__
+from ..assets import DEMO_PHOTOGRAPH
 from ..tokens import GPSTokens
 from ..visualization import panel as side_by_side
 from ..visualization import visualize_gaussians
-from .codec import ASSETS, Codec, Encoded, load_codec, quality, quality_text
+from .codec import Codec, Encoded, load_codec, quality, quality_text
 from .files import check_picture_suffix, prepare_file, prepare_folder, write_picture
 
 logger = logging.getLogger(__name__)
 
-PHOTOGRAPH = ASSETS / "demo.jpg"
 PANEL_SIDE = 1024  # px, longest side of each picture in a panel
 
 
@@ -24,7 +24,7 @@ def demo(args: argparse.Namespace) -> int:
     """The shipped photograph through the model: pictures of all steps, and the tokens."""
     prepare_folder(args.output)
     codec = load_codec(args)
-    encoded = codec.encode(PHOTOGRAPH, args.num_tokens)
+    encoded = codec.encode(DEMO_PHOTOGRAPH, args.num_tokens)
     picture = codec.decode(encoded.tokens)
     values = quality(encoded.picture, picture)
     pictures = {

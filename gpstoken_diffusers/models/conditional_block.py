@@ -82,9 +82,9 @@ class GaussianEmbedding(nn.Sequential):
 
     Args:
         hidden_size: width of the tokens.
-        frequencies: 0 embeds the five numbers as they are, as the released generator does. More adds [`fourier_features`]
-            of the centre and of log2(sigma) / 2: a network fed with bare coordinates is slow to tell apart neighbours
-            at a hundredth of the image.
+        frequencies: 0 embeds the five numbers as they are, as the released generator does. More adds
+            [`fourier_features`] of the centre and of log2(sigma) / 2: a network fed with bare coordinates is slow to
+            tell apart neighbours at a hundredth of the image.
 
     Shapes: (B, N, 5) float32 -> (B, N, hidden_size), in the dtype of the weights.
     """

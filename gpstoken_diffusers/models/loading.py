@@ -41,7 +41,9 @@ class FolderLoadingMixin:
         where = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
         class_name = cls.load_config(pretrained_model_name_or_path, **where).get("_class_name")
         if class_name != cls.__name__:
-            raise ValueError(f"{pretrained_model_name_or_path} holds a model of class {class_name}, not {cls.__name__}.")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of class {class_name}, not {cls.__name__}."
+            )
         model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
         empty = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
@@ -88,8 +90,8 @@ class SingleFileLoadingMixin(FolderLoadingMixin):
 
         Args:
             path: a `.safetensors` file of the research code. Pickles are refused.
-            preset: the released size, as for `from_preset`. None recognises it by its shapes, or by the file's name where
-                shapes do not tell (S64 and M128 of the autoencoder). The log says which was taken.
+            preset: the released size, as for `from_preset`. None recognises it by its shapes, or by the file's name
+                where shapes do not tell (S64 and M128 of the autoencoder). The log says which was taken.
             config: constructor arguments (a dict, or a JSON file) for a model of other sizes; replaces the preset.
             dtype: of the loaded weights; None keeps float32.
 

@@ -17,9 +17,10 @@ def geometry_residual(initial_geometry: Tensor, geometry: Tensor, kind: str) -> 
 
     Args:
         initial_geometry, geometry: (..., 5) float32.
-        kind: "additive", the difference of the numbers, as the released generator takes it; or "relative": log ratios of
-            the sigmas, atanh of rho, and the centre's shift in units of the initial sigmas. Additive residuals of small
-            Gaussians vanish beside those of large ones; relative ones are alike, and any value gives a valid Gaussian.
+        kind: "additive", the difference of the numbers, as the released generator takes it; or "relative": log ratios
+            of the sigmas, atanh of rho, and the centre's shift in units of the initial sigmas. Additive residuals of
+            small Gaussians vanish beside those of large ones; relative ones are alike, and any value gives a valid
+            Gaussian.
 
     Returns: (..., 5) float32.
     """
@@ -56,7 +57,7 @@ def apply_geometry_residual(initial_geometry: Tensor, residual: Tensor, kind: st
 
 
 class TokenLatentsMixin:
-    """Standardised latents of a generator, by the `latents_mean`, `latents_std` and `geometry_residual` of its config."""
+    """Standardised latents of a generator, by `latents_mean`, `latents_std` and `geometry_residual` of its config."""
 
     def to_latents(self, initial_geometry: Tensor, geometry: Tensor, texture: Tensor) -> Tensor:
         """Tokens as latents.
@@ -72,7 +73,7 @@ class TokenLatentsMixin:
         return (torch.cat([residual, texture.float()], dim=-1) - mean) / std
 
     def from_latents(self, initial_geometry: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Undoes `to_latents`: (..., N, 5) and (..., N, 5 + C) -> geometry (..., N, 5), texture (..., N, C), float32."""
+        """Undoes `to_latents`: layout and latents -> geometry (..., N, 5) and texture (..., N, C), float32."""
         mean, std = self._latents_scale(latents.device)
         values = latents.float() * std + mean
         residual, texture = values[..., :GEOMETRY_CHANNELS], values[..., GEOMETRY_CHANNELS:]

@@ -42,8 +42,8 @@ class GPSTokenTransformerModel(
 
     Latents are standardised geometry residuals and textures ([`TokenLatentsMixin`]); every token is told its initial
     Gaussian, and all tokens the time and the class. There is no other position, so that the order of tokens is without
-    meaning and any number of them can be asked for. With the default arguments it is the released SiT-XL/2-gs in all but
-    its scale of latents; `from_preset("xl")` and `from_single_file` give the whole of it.
+    meaning and any number of them can be asked for. With the default arguments it is the released SiT-XL/2-gs in all
+    but its scale of latents; `from_preset("xl")` and `from_single_file` give the whole of it.
 
     N. Ma et al., "SiT: exploring flow and diffusion-based generative models with scalable interpolant transformers",
     2024; GPSToken, arXiv 2509.01109.
@@ -147,8 +147,8 @@ class GPSTokenTransformerModel(
             where = self.positions
         elif layout.shape != (*hidden_states.shape[:2], GEOMETRY_CHANNELS):
             raise ValueError(
-                f"layout must have the shape {(*hidden_states.shape[:2], GEOMETRY_CHANNELS)} to go with the latents, got "
-                f"{tuple(layout.shape)}."
+                f"layout must have the shape {(*hidden_states.shape[:2], GEOMETRY_CHANNELS)} to go with the latents, "
+                f"got {tuple(layout.shape)}."
             )
         else:
             where = self.layout_embedding(layout)

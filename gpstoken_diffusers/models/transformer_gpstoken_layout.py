@@ -20,15 +20,21 @@ from .loading import FolderLoadingMixin
 from .transformer_gpstoken import VelocityOutput
 
 LAYOUT_CHANNELS = 4
+# Octaves that tell neighbours apart in sets of up to some hundred tokens.
+PLACE_FREQUENCIES = 8
+# Bits per axis of the Z-curve: cells finer than the smallest regions of any picture.
+_Z_CURVE_BITS = 12
 
 
 class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
-    r"""A light transformer that draws layouts: N initial Gaussians as a set, by flow matching.
+    r"""A light transformer that draws layouts, N initial Gaussians, by flow matching.
 
     A layout's latents are, per Gaussian, (log2 sigma_x, log2 sigma_y, x, y), standardised; rho is 0 in every layout.
-    Nothing tells the tokens apart but their own noise, so that the set has no order and any N can be asked for. What it
-    draws lies near a partition and is none yet: [`calibrate_layout`] finds the partition (generation pipeline of
-    GPSToken, arXiv 2509.01109: mean calibration and sigma re-initialisation).
+    Gaussians stand in the order of a Z-curve through their centres, along which the halves of a partition follow each
+    other, and each is told how far along it stands: as a set without order they take far longer to learn. The place is
+    relative, so that any N can be asked for. What the model draws lies near a partition and is none yet:
+    [`calibrate_layout`] finds the partition (generation pipeline of GPSToken, arXiv 2509.01109: mean calibration and
+    sigma re-initialisation).
 
     Args:
         num_tokens: tokens per image that it was trained on.
@@ -50,7 +56,7 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         num_classes: int = 1000,
         hidden_size: int = 192,
         num_layers: int = 6,
-        num_attention_heads: int = 6,
+        num_attention_heads: int = 3,
         coordinate_frequencies: int = 6,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
@@ -65,6 +71,7 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
                 raise ValueError(f"{name} must have {LAYOUT_CHANNELS} numbers, got {len(values)}.")
         self.register_to_config(**{name: list(values) for name, values in scale.items()})
         self.token_embedding = nn.Linear(LAYOUT_CHANNELS * (1 + 2 * coordinate_frequencies), hidden_size)
+        self.place_embedding = nn.Linear(2 * PLACE_FREQUENCIES, hidden_size)
         self.time_embedding = TimeEmbedding(hidden_size)
         self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
         self.blocks = nn.ModuleList(ConditionalBlock(hidden_size, num_attention_heads) for _ in range(num_layers))
@@ -83,7 +90,7 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         """Predicts the velocity of noisy layouts.
 
         Args:
-            hidden_states: (B, N, 4), noisy latents.
+            hidden_states: (B, N, 4), noisy latents, in the order of the Z-curve.
             timestep: (B,) float, flow time: 0 is noise, 1 is data.
             class_labels: (B,) int, 0 to `num_classes`, the last for no class.
             return_dict: whether to return a [`VelocityOutput`] or a tuple.
@@ -99,7 +106,11 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         latents = hidden_states.float()
         # Latents reach some three deviations: a quarter of them fits the longest wave of the features.
         features = [latents, fourier_features(latents / 4, self.config.coordinate_frequencies)]
-        tokens = self.token_embedding(torch.cat(features, dim=-1).to(self.token_embedding.weight.dtype))
+        count = hidden_states.shape[1]
+        place = (torch.arange(count, device=latents.device) * 2 + 1) / count - 1
+        dtype = self.token_embedding.weight.dtype
+        tokens = self.token_embedding(torch.cat(features, dim=-1).to(dtype))
+        tokens = tokens + self.place_embedding(fourier_features(place[:, None], PLACE_FREQUENCIES).to(dtype))
         condition = nn.functional.silu(self.time_embedding(timestep) + self.class_embedding(class_labels))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -110,9 +121,10 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         return VelocityOutput(sample=velocity) if return_dict else (velocity,)
 
     def to_latents(self, layout: Tensor) -> Tensor:
-        """Initial Gaussians (..., N, 5) as standardised latents (..., N, 4) float32."""
+        """Initial Gaussians (..., N, 5), in any order, as standardised latents (..., N, 4) float32 along the Z-curve."""
         mean, std = self._latents_scale(layout.device)
-        return (layout_features(layout) - mean) / std
+        order = z_curve_order(layout[..., CENTER])
+        return (layout_features(layout.gather(-2, order[..., None].expand(layout.shape))) - mean) / std
 
     def from_latents(self, latents: Tensor) -> Tensor:
         """Undoes `to_latents`: (..., N, 4) -> Gaussians (..., N, 5) float32 with rho = 0, not yet calibrated."""
@@ -124,6 +136,16 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
     def _latents_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         scale = (self.config.latents_mean, self.config.latents_std)
         return tuple(torch.tensor(values, dtype=torch.float32, device=device) for values in scale)
+
+
+def z_curve_order(center: Tensor) -> Tensor:
+    """The order of points along a Z-curve (Morton order): (..., N, 2) x, y in [-1, 1] -> (..., N) int64 indices."""
+    cells = ((center.float() + 1) / 2 * 2**_Z_CURVE_BITS).long().clamp(0, 2**_Z_CURVE_BITS - 1)
+    code = torch.zeros_like(cells[..., 0])
+    for bit in range(_Z_CURVE_BITS):
+        x, y = (cells >> bit & 1).unbind(-1)
+        code |= (x | y << 1) << 2 * bit
+    return code.argsort(dim=-1, stable=True)
 
 
 def layout_features(layout: Tensor) -> Tensor:

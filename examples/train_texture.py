@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""Trains the second stage of generation: what the Gaussians of a layout show, by flow matching.
+
+    accelerate launch examples/encode_dataset.py --data pictures/train --output tokens/train --num_tokens 128 --views 8
+    accelerate launch examples/train_texture.py --train_dir tokens/train --output_dir runs/texture
+
+One process or many, CPU or GPU: `accelerate config` decides. `--resume_from_checkpoint latest` goes on where a run was
+stopped. The averaged weights are saved to OUTPUT_DIR/model as a diffusers folder at every checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from gpstoken_diffusers import GPSTokenTransformerModel
+from gpstoken_diffusers.models.token_latents import geometry_residual
+from gpstoken_diffusers.training.generator_loop import add_training_arguments, train_generator
+from gpstoken_diffusers.training.token_dataset import TokenDataset
+
+# The shipped small generator.
+MINI_CONFIG = {
+    "hidden_size": 320,
+    "num_layers": 8,
+    "num_attention_heads": 5,
+    "layout_frequencies": 8,
+    "geometry_residual": "relative",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train_dir", required=True, help="Token dataset to train on, as encode_dataset.py writes it.")
+    add("--validation_dir", help="Token dataset that is not trained on.")
+    add("--pretrained", help="Folder of a model to start from; default: the mini configuration, fresh.")
+    add("--config", help="JSON file of GPSTokenTransformerModel arguments that replace the mini configuration's.")
+    add_training_arguments(parser)
+    return parser.parse_args(argv)
+
+
+class TextureLatents(Dataset):
+    """Items of a token dataset as a generator's latents, with the layout that conditions them."""
+
+    def __init__(self, dataset: TokenDataset, model: GPSTokenTransformerModel):
+        self.dataset, self.model = dataset, model
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        item = self.dataset[index]
+        layout = item["initial_geometry"]
+        latents = self.model.to_latents(layout, item["geometry"], item["texture"])
+        return {"latents": latents, "layout": layout, "label": item["label"]}
+
+
+def latents_statistics(dataset: TokenDataset, residual: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of a generator's latents before they are standardised."""
+    count, total, squares = 0, 0.0, 0.0
+    for index in tqdm(range(len(dataset)), desc="statistics of the latents"):
+        item = dataset[index]
+        values = [geometry_residual(item["initial_geometry"], item["geometry"], residual), item["texture"]]
+        values = torch.cat([value.double() for value in values], dim=-1)
+        count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
+
+
+def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTransformerModel:
+    if args.pretrained:
+        return GPSTokenTransformerModel.from_pretrained(args.pretrained)
+    config = dict(MINI_CONFIG)
+    if args.config:
+        config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
+    mean, std = latents_statistics(dataset, config.get("geometry_residual", "additive"))
+    data = {
+        "texture_channels": dataset.texture_channels,
+        "num_tokens": dataset.num_tokens,
+        "num_classes": len(dataset.id2label),
+        "latents_mean": mean,
+        "latents_std": std,
+    }
+    return GPSTokenTransformerModel(**data | config)
+
+
+def velocity(model: nn.Module, batch: dict[str, Tensor], noisy: Tensor, time: Tensor) -> Tensor:
+    return model(noisy, time, batch["label"], batch["layout"]).sample
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    dataset = TokenDataset(args.train_dir)
+    torch.manual_seed(args.seed)
+    model = build_model(args, dataset)
+    validation = TextureLatents(TokenDataset(args.validation_dir), model) if args.validation_dir else None
+    train_generator(args, model, TextureLatents(dataset, model), validation, velocity)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""GPSTokenPipeline: pictures from class labels, the layout of the Gaussians first, then what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Generator, Tensor
+
+from ..image_processor import GPSTokenImageProcessor, ImageLike
+from ..layout_bank import LayoutBank
+from ..models.autoencoder_gpstoken import AutoencoderGPSToken
+from ..models.transformer_gpstoken import GPSTokenTransformerModel
+from ..models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
+from ..ops.calibration import calibrate_layout
+from ..tokens import GEOMETRY_CHANNELS, GPSTokens
+from .flow_sampling import (
+    Labels,
+    draw_noise,
+    guided_velocity,
+    integrate_flow,
+    label_ids,
+    sample_generators,
+)
+from .portable_folder import PortableFolderMixin
+
+OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
+
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class GPSTokenPipelineOutput(BaseOutput):
+    """What generation gives.
+
+    Attributes:
+        images: a list of PIL pictures, or an array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1]; None for
+            `output_type="tokens"`.
+        tokens: the tokens that the pictures were decoded from.
+        layout: (B, N, 5) float32, the initial Gaussians that the tokens were made for.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor | None
+    tokens: GPSTokens
+    layout: Tensor
+
+
+class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
+    r"""Generates pictures in two stages (arXiv 2509.01109): a layout of Gaussians, then a texture for each of them.
+
+    Args:
+        autoencoder: its decoder makes the pictures; its encoder's partition makes layouts of pictures.
+        transformer: the second stage.
+        scheduler: samples the second stage; any flow scheduler of diffusers or of this package.
+        image_processor: tensors to pictures and back.
+        layout_model: the first stage. Without it (the official release has none), each call needs a layout.
+        layout_scheduler: samples the first stage.
+        id2label: names of the classes.
+
+    The three stages can be called apart: `generate_layout`, `generate_texture`, `decode`.
+    """
+
+    model_cpu_offload_seq = "layout_model->transformer->autoencoder"
+    _optional_components = ["layout_model", "layout_scheduler"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderGPSToken,
+        transformer: GPSTokenTransformerModel,
+        scheduler: SchedulerMixin,
+        image_processor: GPSTokenImageProcessor,
+        layout_model: GPSTokenLayoutModel | None = None,
+        layout_scheduler: SchedulerMixin | None = None,
+        id2label: Mapping[int, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            autoencoder=autoencoder,
+            transformer=transformer,
+            scheduler=scheduler,
+            image_processor=image_processor,
+            layout_model=layout_model,
+            layout_scheduler=layout_scheduler,
+        )
+        channels = transformer.config.texture_channels
+        if autoencoder.config.texture_channels != channels:
+            raise ValueError(
+                f"The transformer draws {channels} texture channels, the autoencoder decodes "
+                f"{autoencoder.config.texture_channels}: they do not belong together."
+            )
+        # JSON has only strings for keys.
+        self.register_to_config(id2label={str(number): name for number, name in (id2label or {}).items()})
+        self._interrupt = False
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes by number."""
+        return {int(number): name for number, name in self.config.id2label.items()}
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` (in a callback, say) to stop after the current step."""
+        return self._interrupt
+
+    # ------------------------------------------------------------------ all stages
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        num_tokens: int | None = None,
+        layout: Tensor | GPSTokens | LayoutBank | ImageLike | Sequence[ImageLike] | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        layout_num_inference_steps: int = 20,
+        layout_guidance_scale: float = 1.0,
+        num_images_per_label: int = 1,
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> GPSTokenPipelineOutput | tuple:
+        """Generates pictures.
+
+        Args:
+            class_labels: a class by number or by name, or a list of them; None is no class in particular.
+            num_tokens: tokens per picture; None takes the number that the models were trained on.
+            layout: where the tokens lie: None generates layouts; initial Gaussians (B, N, 5) or (N, 5); tokens, whose
+                Gaussians are taken; a picture or a list of them, which are partitioned; or a [`LayoutBank`], from which
+                layouts of the labels are drawn. One layout serves all labels, one label serves all layouts.
+            num_inference_steps: steps of the second stage.
+            guidance_scale: classifier-free guidance of the second stage; 1 is none, and costs half as much.
+            guidance_interval: (first, last) flow time of guidance, 0 is noise and 1 is data.
+            layout_num_inference_steps, layout_guidance_scale: the same of the first stage.
+            num_images_per_label: pictures for each label.
+            generator: one, or one for each picture. A picture depends on its own seed, not on batch or device.
+            latents: (B, N, 5 + C) noise of the second stage instead of the generator's.
+            output_type: "pil", "np", "pt" or "tokens".
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the second
+                stage; what it returns under "latents" is taken from there on.
+            callback_on_step_end_tensor_inputs: which tensors it gets.
+            return_dict: whether to return a [`GPSTokenPipelineOutput`] or a tuple of its first entry (the pictures, or
+                the tokens for `output_type="tokens"`).
+
+        Raises:
+            ValueError: unknown labels, settings out of range, shapes that do not fit together; the message says which.
+            TypeError: arguments of another type.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}.")
+        labels = [label for label in self.label_ids(class_labels) for _ in range(num_images_per_label)]
+        if layout is not None and not isinstance(layout, LayoutBank):
+            layout = self.prepare_layout(layout, num_tokens)
+            if len(labels) == 1:
+                labels = labels * len(layout)
+            if len(layout) == 1:
+                layout = layout.expand(len(labels), -1, -1)
+        generators = sample_generators(generator, len(labels))
+        # Drawn whether needed or not: the same seed gives the same texture for a layout that is handed in again.
+        layout_generators = sample_generators(generators, len(labels))
+        if isinstance(layout, LayoutBank):
+            layout = self.prepare_layout(layout.sample(labels, layout_generators), num_tokens)
+        if layout is None:
+            layout = self.generate_layout(
+                labels, num_tokens, layout_num_inference_steps, layout_guidance_scale, generator=layout_generators
+            )
+        tokens = self.generate_texture(
+            layout,
+            labels,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            generator=generators,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        images = None if output_type == "tokens" else self.decode(tokens, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (tokens,) if images is None else (images,)
+        return GPSTokenPipelineOutput(images=images, tokens=tokens, layout=layout)
+
+    def label_ids(self, class_labels: Labels) -> list[int]:
+        """Labels by number or name as numbers, see [`label_ids`]."""
+        return label_ids(class_labels, self.id2label, self.transformer.null_class)
+
+    # ------------------------------------------------------------------ first stage
+
+    @torch.no_grad()
+    def generate_layout(
+        self,
+        class_labels: Labels = None,
+        num_tokens: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Draws layouts and calibrates them: each is the initial Gaussians of a partition of the whole picture.
+
+        Args as in `__call__`; `latents` are (B, N, 4).
+
+        Returns: (B, N, 5) float32, on the layout model's device.
+
+        Raises ValueError: as `__call__`, and for a pipeline without a layout model.
+        """
+        if self.layout_model is None or self.layout_scheduler is None:
+            raise ValueError(
+                "This pipeline has no layout model. Give a layout: initial Gaussians (B, N, 5), a picture to "
+                "partition, or a LayoutBank."
+            )
+        labels = self.label_ids(class_labels)
+        num_tokens = self.layout_model.config.num_tokens if num_tokens is None else num_tokens
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
+        latents = self._sample(
+            "layout",
+            self.layout_scheduler,
+            lambda noisy, time, label: self.layout_model(noisy, time, label).sample,
+            (num_tokens, LAYOUT_CHANNELS),
+            labels,
+            self.layout_model.null_class,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            generator,
+            latents,
+        )
+        config = self.autoencoder.config
+        predicted = self.layout_model.from_latents(latents)
+        return calibrate_layout(
+            predicted, image_size=(config.sample_size, config.sample_size), min_region_size=config.min_region_size
+        ).geometry
+
+    def prepare_layout(
+        self, layout: Tensor | GPSTokens | ImageLike | Sequence[ImageLike], num_tokens: int | None = None
+    ) -> Tensor:
+        """Any form of layout that `__call__` takes, but banks, as initial Gaussians (B, N, 5) float32.
+
+        Raises ValueError: no Gaussians in it, numbers that make none, another number than `num_tokens`, or a picture
+        that is not one tile.
+        """
+        if isinstance(layout, GPSTokens):
+            layout = layout.geometry
+        is_geometry = isinstance(layout, Tensor) and layout.shape[-1] == GEOMETRY_CHANNELS
+        if is_geometry and layout.ndim in (2, 3) and layout.shape[-2] > 0:
+            layout = layout.detach().float().reshape(-1, *layout.shape[-2:])
+            # Texture plays no part in the checks of the numbers.
+            GPSTokens(layout, torch.zeros_like(layout[..., :1]), (1, 1)).validate()
+        elif is_geometry:
+            raise ValueError(f"A layout must have the shape (B, N, 5) or (N, 5), got {tuple(layout.shape)}.")
+        else:
+            count = self.transformer.config.num_tokens if num_tokens is None else num_tokens
+            features = self.image_processor(layout, num_tokens=count)
+            size, tile = tuple(features["pixel_values"].shape[-2:]), self.autoencoder.config.sample_size
+            if size != (tile, tile):
+                raise ValueError(
+                    f"A picture that gives a layout must be {tile} x {tile} pixels, got {size[0]} x {size[1]}: the "
+                    "models generate one tile. Crop or scale it."
+                )
+            layout = features["geometry"]
+        if num_tokens is not None and layout.shape[1] != num_tokens:
+            raise ValueError(f"The layout has {layout.shape[1]} tokens, but num_tokens is {num_tokens}.")
+        return layout.to(self._execution_device)
+
+    # ------------------------------------------------------------------ second stage
+
+    @torch.no_grad()
+    def generate_texture(
+        self,
+        layout: Tensor,
+        class_labels: Labels = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> GPSTokens:
+        """Draws what the Gaussians of a layout show, and by how much they differ from it.
+
+        Args: `layout` (B, N, 5), the rest as in `__call__`; one label serves all layouts.
+
+        Returns: tokens of B pictures of one tile, texture in float32.
+        """
+        labels = self.label_ids(class_labels)
+        layout = self.prepare_layout(layout)
+        if len(labels) == 1:
+            labels = labels * len(layout)
+        if len(labels) != len(layout):
+            raise ValueError(f"There are {len(labels)} class labels for {len(layout)} layouts.")
+        latents = self._sample(
+            "texture",
+            self.scheduler,
+            self.texture_network(layout),
+            (layout.shape[1], GEOMETRY_CHANNELS + self.transformer.config.texture_channels),
+            labels,
+            self.transformer.null_class,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            generator,
+            latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        side = self.autoencoder.config.sample_size
+        return GPSTokens(*self.transformer.from_latents(layout, latents), (side, side))
+
+    def texture_network(self, layout: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The transformer for layouts (B, N, 5), a function of latents, time and labels of B or 2 B samples."""
+
+        def network(noisy: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+            where = layout if len(noisy) == len(layout) else torch.cat([layout, layout])
+            return self.transformer(noisy, time, labels, where).sample
+
+        return network
+
+    # ------------------------------------------------------------------ decoding
+
+    @torch.no_grad()
+    def decode(self, tokens: GPSTokens, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+        """Makes the pictures of tokens: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), in [0, 1]."""
+        tokens = tokens.to(self._execution_device, self.autoencoder.dtype)
+        return self.image_processor.postprocess(self.autoencoder.decode(tokens).sample, output_type)
+
+    # ------------------------------------------------------------------ the loop of both stages
+
+    def _sample(
+        self,
+        stage: str,
+        scheduler: SchedulerMixin,
+        network: Callable[[Tensor, Tensor, Tensor], Tensor],
+        shape: tuple[int, int],
+        labels: Sequence[int],
+        null_class: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        generator: Generator | Sequence[Generator] | None,
+        latents: Tensor | None,
+        strength: float = 1.0,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """Noise to latents (B, *shape) float32 with a progress bar named after the stage."""
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs can name {', '.join(self._callback_tensor_inputs)}, got "
+                f"{', '.join(sorted(unknown))}."
+            )
+        device = self._execution_device
+        generators = sample_generators(generator, len(labels))
+        if latents is None:
+            latents = draw_noise(generators, shape, device)
+        elif latents.shape != (len(labels), *shape):
+            raise ValueError(
+                f"latents of the {stage} stage must have the shape {(len(labels), *shape)}, got {tuple(latents.shape)}."
+            )
+        class_labels = torch.tensor(labels, device=device)
+        velocity = guided_velocity(network, class_labels, null_class, guidance_scale, guidance_interval)
+        self._interrupt = False
+        with self.progress_bar(total=num_inference_steps) as progress:
+            progress.set_description(stage)
+            if hasattr(scheduler, "integrate"):
+                progress.total = None  # nobody knows how many steps it will take
+
+            def on_step(number: int, time: float, timestep: Tensor, latents: Tensor) -> Tensor | None:
+                progress.update()
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents}
+                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, number, timestep, given).get("latents", latents)
+                return None if self.interrupt else latents
+
+            return integrate_flow(
+                scheduler,
+                velocity,
+                latents.to(device, torch.float32),
+                num_inference_steps,
+                generators,
+                on_step,
+                strength,
+            )
