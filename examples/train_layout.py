@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from gpstoken_diffusers import GPSTokenLayoutModel
 from gpstoken_diffusers.models.transformer_gpstoken_layout import layout_features
 from gpstoken_diffusers.training.generator_loop import add_training_arguments, train_generator
+from gpstoken_diffusers.training.previews import save_layout_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
 
@@ -33,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_dir", help="Token dataset that is not trained on.")
     add("--pretrained", help="Folder of a model to start from; default: a fresh one.")
     add("--config", help="JSON file of GPSTokenLayoutModel arguments that replace the defaults.")
+    add("--min_region_size", type=int, default=8, help="Of the partitions that layouts come from, px.")
     add_training_arguments(parser)
     return parser.parse_args(argv)
 
@@ -74,8 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     dataset = TokenDataset(args.train_dir)
     torch.manual_seed(args.seed)
     model = build_model(args, dataset)
-    validation = LayoutLatents(TokenDataset(args.validation_dir), model) if args.validation_dir else None
-    train_generator(args, model, LayoutLatents(dataset, model), validation, velocity)
+    shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
+    validation = LayoutLatents(shown, model) if args.validation_dir else None
+
+    def draw_pictures(averaged: GPSTokenLayoutModel, step: int) -> None:
+        save_layout_preview(averaged, shown, args.min_region_size, Path(args.output_dir) / "layouts.png")
+
+    train_generator(args, model, LayoutLatents(dataset, model), validation, velocity, draw_pictures)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     accelerate launch examples/train_texture.py --train_dir tokens/train --output_dir runs/texture
 
 One process or many, CPU or GPU: `accelerate config` decides. `--resume_from_checkpoint latest` goes on where a run was
-stopped. The averaged weights are saved to OUTPUT_DIR/model as a diffusers folder at every checkpoint.
+stopped. The averaged weights are saved to OUTPUT_DIR/model as a diffusers folder at every checkpoint; at every
+validation OUTPUT_DIR/samples.png shows textures drawn for real layouts, one row per class.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from gpstoken_diffusers import GPSTokenTransformerModel
+from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenTransformerModel
+from gpstoken_diffusers.assets import MINI
 from gpstoken_diffusers.models.token_latents import geometry_residual
 from gpstoken_diffusers.training.generator_loop import add_training_arguments, train_generator
+from gpstoken_diffusers.training.previews import save_texture_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
 # The shipped small generator.
@@ -40,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--train_dir", required=True, help="Token dataset to train on, as encode_dataset.py writes it.")
     add("--validation_dir", help="Token dataset that is not trained on.")
+    add("--autoencoder", default=str(MINI), help="Folder of the tokenizer that made the tokens; default: the shipped.")
     add("--pretrained", help="Folder of a model to start from; default: the mini configuration, fresh.")
     add("--config", help="JSON file of GPSTokenTransformerModel arguments that replace the mini configuration's.")
     add_training_arguments(parser)
@@ -101,8 +105,14 @@ def main(argv: list[str] | None = None) -> None:
     dataset = TokenDataset(args.train_dir)
     torch.manual_seed(args.seed)
     model = build_model(args, dataset)
-    validation = TextureLatents(TokenDataset(args.validation_dir), model) if args.validation_dir else None
-    train_generator(args, model, TextureLatents(dataset, model), validation, velocity)
+    shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
+    validation = TextureLatents(shown, model) if args.validation_dir else None
+    autoencoder = AutoencoderGPSToken.from_pretrained(args.autoencoder)
+
+    def draw_pictures(averaged: GPSTokenTransformerModel, step: int) -> None:
+        save_texture_preview(averaged, autoencoder, shown, Path(args.output_dir) / "samples.png")
+
+    train_generator(args, model, TextureLatents(dataset, model), validation, velocity, draw_pictures)
 
 
 if __name__ == "__main__":

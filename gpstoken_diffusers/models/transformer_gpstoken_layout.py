@@ -121,7 +121,7 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         return VelocityOutput(sample=velocity) if return_dict else (velocity,)
 
     def to_latents(self, layout: Tensor) -> Tensor:
-        """Initial Gaussians (..., N, 5), in any order, as standardised latents (..., N, 4) float32 along the Z-curve."""
+        """Initial Gaussians (..., N, 5), in any order, as standardised latents (..., N, 4) along the Z-curve."""
         mean, std = self._latents_scale(layout.device)
         order = z_curve_order(layout[..., CENTER])
         return (layout_features(layout.gather(-2, order[..., None].expand(layout.shape))) - mean) / std
