@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         image_processor: GPSTokenImageProcessor,
         layout_model: GPSTokenLayoutModel | None = None,
         layout_scheduler: SchedulerMixin | None = None,
-        id2label: Mapping[int, str] | None = None,
+        id2label: dict[str, str] | dict[int, str] | None = None,
     ):
         super().__init__()
         self.register_modules(

@@ -39,11 +39,12 @@ _PIPELINE_CODE = '''\
 try:
     from {package} import {pipeline}
 except ImportError as error:
-    raise ImportError(f"This model needs the package {package} ({{error}}): {install}") from error
+    message = f"This model needs the package {package} ({{error}}): {install}"
+    raise ImportError(message) from error
 '''
 
-# The same for every component: diffusers copies them all to one place, where Python takes a file for unchanged that has
-# the size of the one before it and was written in the same second.
+# The same for every component: diffusers copies them all to one place, and Python takes a file that has the size of the
+# one before it there, and was written in the same second, for that one.
 _COMPONENT_CODE = '''\
 """Tells diffusers where the class of this component is. The package itself lies elsewhere."""
 
@@ -52,7 +53,8 @@ if __name__ == "{package}":
 try:
     import {package}
 except ImportError as error:
-    raise ImportError(f"This model needs the package {package} ({{error}}): {install}") from error
+    message = f"This model needs the package {package} ({{error}}): {install}"
+    raise ImportError(message) from error
 
 
 def __getattr__(name):
@@ -106,9 +108,11 @@ class PortableFolderMixin:
         """`model_index.json` without local paths, and with public names for the classes of this package."""
         index = json.loads(self.to_json_string())
         index = {key: value for key, value in index.items() if not key.startswith("_") or key in _PRIVATE_KEYS}
-        for name, component in self.components.items():
-            if component is not None and _public_class(index[name][1]) is type(component):
-                index[name] = [_PACKAGE, index[name][1]]
+        for name in self.components:
+            module, class_name = index[name]
+            component = _public_class(class_name)
+            if component is not None and component.__module__ == module:
+                index[name] = [_PACKAGE, class_name]
         # A subclass that a user has made is not ours to find again.
         if _public_class(type(self).__name__) is type(self):
             index["_class_name"] = ["pipeline", type(self).__name__]
@@ -154,8 +158,10 @@ class PortableFolderMixin:
     @classmethod
     def _check_components(cls, folder: Path, passed: dict[str, Any]) -> None:
         """Raises OSError for a missing component, ValueError for one of a later version."""
-        for name, entry in cls.load_config(folder).items():
-            if name.startswith("_") or name in passed or not isinstance(entry, list) or entry[0] is None:
+        index = cls.load_config(folder)
+        cls._check_index(index)
+        for name, entry in index.items():
+            if not isinstance(entry, list) or entry[0] is None or name in passed or name not in cls._get_init_keys(cls):
                 continue
             if not (folder / name).is_dir():
                 raise OSError(
@@ -165,8 +171,9 @@ class PortableFolderMixin:
             component = _public_class(entry[1]) if entry[0] == _PACKAGE else None
             if component is not None and issubclass(component, ModelMixin):
                 settings = component.load_config(folder / name)
-                unknown = _settings_unknown_to(component, settings) - _OTHER_MODEL_SETTINGS
-                _refuse_unknown(unknown, folder / name / component.config_name, component.__name__)
+                if settings.get("_class_name") == component.__name__:  # the component itself refuses another
+                    unknown = _settings_unknown_to(component, settings) - _OTHER_MODEL_SETTINGS
+                    _refuse_unknown(unknown, folder / name / component.config_name, component.__name__)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -178,26 +185,31 @@ class PortableFolderMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
-        """As in diffusers, which calls it on whichever way it loads a pipeline.
+        """As in diffusers, which calls it on whichever way it loads a pipeline, after checks.
 
         Raises ValueError: the configuration of another pipeline, or of a later version.
         """
-        class_name = config_dict.get("_class_name")
+        cls._check_index(config_dict)
+        located = {name: _locate(entry) for name, entry in config_dict.items()}
+        return super().extract_init_dict(located, **kwargs)
+
+    @classmethod
+    def _check_index(cls, index: dict[str, Any]) -> None:
+        """Raises ValueError for the folder of another pipeline, or of a later version."""
+        class_name = index.get("_class_name")
         class_name = class_name[1] if isinstance(class_name, list) else class_name
         if class_name != cls.__name__ and not issubclass(_public_class(class_name) or object, PortableFolderMixin):
             raise ValueError(
                 f"This is the folder of a {class_name}, which {cls.__name__} cannot load. If that is a pipeline of a "
                 f"later version of {_PACKAGE} than {gpstoken_diffusers.__version__}: {_INSTALL}."
             )
-        if config_dict.get(_FORMAT_KEY, _FORMAT) > _FORMAT:
+        if index.get(_FORMAT_KEY, _FORMAT) > _FORMAT:
             raise ValueError(
-                f"This folder was saved by a later version of {_PACKAGE} (format {config_dict[_FORMAT_KEY]}; version "
+                f"This folder was saved by a later version of {_PACKAGE} (format {index[_FORMAT_KEY]}; version "
                 f"{gpstoken_diffusers.__version__} reads up to {_FORMAT}): {_INSTALL}."
             )
         if class_name == cls.__name__:
-            _refuse_unknown(_settings_unknown_to(cls, config_dict), cls.config_name, class_name)
-        located = {name: _locate(entry) for name, entry in config_dict.items()}
-        return super().extract_init_dict(located, **kwargs)
+            _refuse_unknown(_settings_unknown_to(cls, index), cls.config_name, class_name)
 
 
 def _public_class(name: str | None) -> type | None:

@@ -40,8 +40,8 @@ def prepare_folder(folder: Path) -> None:
         raise OSError(f"cannot write to the output folder {folder} ({reason}). Choose another one.") from error
 
 
-def prepare_file(path: Path, source: Path) -> None:
-    """Make sure that the output file `path` can be written, and that it is not the input `source`.
+def prepare_file(path: Path, source: Path | None = None) -> None:
+    """Make sure that the output file `path` can be written, and that it is not the input `source`, if there is one.
 
     Raises:
         OSError: its folder cannot be made or written to.
@@ -49,7 +49,7 @@ def prepare_file(path: Path, source: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"the output {path} is a folder, but it must be a file: add a name to it.")
-    if path.exists() and source.exists() and path.samefile(source):
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
         raise ValueError(f"the output {path} is the input itself. Choose another name.")
     prepare_folder(path.parent)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
 from ..assets import MINI_PIPELINE
 from ..image_processor import GPSTokenImageProcessor
@@ -28,12 +29,14 @@ def generate(args: argparse.Namespace) -> int:
     if not path.is_dir():
         raise FileNotFoundError(f"no pipeline at {path}. Give a folder that GPSTokenPipeline.save_pretrained wrote.")
     device = choose_device(args.device)
+    if args.quiet:
+        disable_progress_bar()
     pipe = GPSTokenPipeline.from_pretrained(path, dtype=choose_dtype(args.dtype, device), local_files_only=True)
     if args.list_labels:
         for number, name in sorted(pipe.id2label.items()):
             print(f"{number:4}  {name}")
         return 0
-    prepare_file(args.output, args.layout or args.output.with_name(""))
+    prepare_file(args.output, args.layout)
     label = int(args.label) if args.label is not None and args.label.isdecimal() else args.label
     pipe.label_ids(label)
     steps = DEFAULT_STEPS
