@@ -15,6 +15,8 @@ _MODULE_OF = {
     "AutoencoderGPSToken": "models.autoencoder_gpstoken",
     "FlowMatchDopri5Scheduler": "schedulers.scheduling_dopri5",
     "GPSTokenImageProcessor": "image_processor",
+    "GPSTokenImg2ImgPipeline": "pipelines.pipeline_gpstoken_img2img",
+    "GPSTokenInpaintPipeline": "pipelines.pipeline_gpstoken_inpaint",
     "GPSTokenLayoutModel": "models.transformer_gpstoken_layout",
     "GPSTokenPipeline": "pipelines.pipeline_gpstoken",
     "GPSTokenSDEScheduler": "schedulers.scheduling_gpstoken_sde",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from .flow_sampling import (
     sample_generators,
 )
 from .portable_folder import PortableFolderMixin
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 
@@ -107,6 +111,15 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` (in a callback, say) to stop after the current step."""
         return self._interrupt
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
+        """This pipeline on another one's components, which both share from then on; arguments as in diffusers.
+
+        The components keep their precision unless `dtype` says otherwise; diffusers would cast them to float32.
+        """
+        kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)
 
     # ------------------------------------------------------------------ all stages
 
@@ -381,6 +394,9 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
                 progress.total = None  # nobody knows how many steps it will take
 
             def on_step(number: int, time: float, timestep: Tensor, latents: Tensor) -> Tensor | None:
+                if number == 0 and progress.total is not None:
+                    # Some of the way may be left out, and some schedulers evaluate twice in a step.
+                    progress.total = len(scheduler.timesteps) - scheduler.begin_index
                 progress.update()
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents}

@@ -1,0 +1,272 @@
+"""GPSTokenImg2ImgPipeline: a picture drawn anew, in its own layout or with its own textures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from ..image_processor import ImageLike
+from ..layout_bank import LayoutBank
+from ..schedulers.flow_time import data_times, mix_noise, set_timesteps
+from ..token_matching import swap_texture
+from ..tokens import GPSTokens
+from .flow_sampling import Labels, draw_noise, sample_generators
+from .pipeline_gpstoken import OUTPUT_TYPES, GPSTokenPipeline, GPSTokenPipelineOutput, StepCallback
+
+
+class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
+    r"""Draws a picture anew: its tokens are noised a part of the way, and generated again from there.
+
+    Components are those of [`GPSTokenPipeline`], and `GPSTokenImg2ImgPipeline.from_pipe(pipe)`
+    shares them (without the dtype, diffusers would cast them to float32). To give the layout of one picture to a class,
+    whatever its textures were, `pipe(label, layout=picture)` of the main pipeline will do.
+
+    Pictures larger than one tile are generated tile by tile, as the networks know single tiles: a tile is told its own
+    layout and tokens, and nothing of its neighbours. Its tokens merge without seams in the decoder, but what
+    neighbouring tiles show agrees only as far as the kept part of the picture makes it agree.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        class_labels: Labels = None,
+        strength: float = 0.6,
+        keep: str = "layout",
+        layout: Tensor | GPSTokens | LayoutBank | ImageLike | Sequence[ImageLike] | None = None,
+        num_tokens: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        layout_num_inference_steps: int = 20,
+        layout_guidance_scale: float = 1.0,
+        generator: Generator | Sequence[Generator] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> GPSTokenPipelineOutput | tuple:
+        """Draws pictures anew. Arguments that are not listed are as in `GPSTokenPipeline.__call__`.
+
+        Args:
+            image: a picture, or several of one size, of any kind that the image processor takes.
+            class_labels: one for all pictures, or one for each; several labels for one picture give several results.
+            strength: in (0, 1], the part of the way to noise and back. At 1 nothing of the old tokens is left.
+            keep: "layout" generates what the Gaussians show, in the layout of the picture; "texture" carries the
+                picture's tokens over to another layout by [`match_tokens`] first. At strength 1 that layout alone
+                counts.
+            layout: the other layout for `keep="texture"`, as in `GPSTokenPipeline.__call__`; None generates one. It
+                stands for one tile, and so must the picture.
+            num_tokens: tokens per tile; None takes the number that the models were trained on, or the given layout's.
+
+        Returns: as `GPSTokenPipeline.__call__`; the output's `layout` is in coordinates of the whole picture.
+
+        Raises:
+            ValueError: a strength outside (0, 1], a layout for `keep="layout"`, numbers of pictures, labels and layouts
+                that do not fit together, a picture of several tiles for `keep="texture"`, pixels that are NaN or
+                outside [0, 1], and as `GPSTokenPipeline.__call__`.
+            TypeError: arguments of another type.
+        """
+        self._check_request(strength, output_type)
+        if keep not in ("layout", "texture"):
+            raise ValueError(f'keep must be "layout" or "texture", got {keep!r}.')
+        if keep == "layout" and layout is not None:
+            raise ValueError('keep="layout" takes the layout of the picture, but one was given: set keep="texture".')
+        if layout is not None and not isinstance(layout, LayoutBank):
+            layout = self.prepare_layout(layout, num_tokens)
+            num_tokens = layout.shape[1]
+        tokens, own_layout, labels = self._encode_with_labels(image, class_labels, num_tokens)
+        if keep == "texture" and tokens.tile_grid != (1, 1):
+            raise ValueError(
+                f'keep="texture" takes pictures of one tile, up to {self.autoencoder.config.sample_size} pixels a '
+                f"side, got {tokens.image_size[0]} x {tokens.image_size[1]}. Crop or scale the picture."
+            )
+        generators, layout_generators = self._seeded(generator, len(labels))
+        latents = self._tile_latents(tokens, own_layout)
+        if keep == "texture":
+            count, steps, scale = own_layout.shape[1], layout_num_inference_steps, layout_guidance_scale
+            layout = self._other_layout(layout, labels, count, steps, scale, layout_generators)
+            old, new = (GPSTokens(geometry, latents, tokens.image_size) for geometry in (own_layout, layout))
+            latents = swap_texture(new, old).texture
+            own_layout = layout
+        latents = self._regenerate(
+            latents,
+            own_layout,
+            *self._of_tiles(tokens, labels, generators),
+            strength,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        tokens = self._merged(tokens, *self.transformer.from_latents(own_layout, latents))
+        return self._output(tokens, own_layout, output_type, return_dict)
+
+    def _other_layout(
+        self,
+        layout: Tensor | LayoutBank | None,
+        labels: Sequence[int],
+        num_tokens: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generators: Sequence[Generator],
+    ) -> Tensor:
+        """A layout (B, n, 5) for each label: the given ones, of a bank, or generated."""
+        if layout is None:
+            return self.generate_layout(labels, num_tokens, num_inference_steps, guidance_scale, generator=generators)
+        if isinstance(layout, LayoutBank):
+            layout = self.prepare_layout(layout.sample(labels, generators), num_tokens)
+        if len(layout) not in (1, len(labels)):
+            raise ValueError(f"There are {len(layout)} layouts for {len(labels)} pictures.")
+        return layout.expand(len(labels), -1, -1)
+
+    # ------------------------------------------------------------------ pictures to latents
+
+    @torch.no_grad()
+    def encode(
+        self, image: ImageLike | Sequence[ImageLike], num_tokens: int | None = None
+    ) -> tuple[GPSTokens, Tensor]:
+        """The tokens of pictures, and the layouts that they were refined from.
+
+        Args:
+            image: a picture, or several of one size.
+            num_tokens: tokens per tile; None takes the number that the transformer was trained on.
+
+        Returns: tokens of B pictures with texture in float32; layout (B, tiles, n, 5) float32, each tile in its own
+        coordinates.
+        """
+        count = self.transformer.config.num_tokens if num_tokens is None else num_tokens
+        features = self.image_processor(image, num_tokens=count).to(self._execution_device)
+        pixels = features["pixel_values"].to(self.autoencoder.dtype)
+        tokens = self.autoencoder.encode(pixels, features["geometry"], features["regions"]).tokens
+        return tokens.to(torch.float32), features["geometry"].unflatten(0, (tokens.batch_size, -1))
+
+    def _encode_with_labels(
+        self, image: ImageLike | Sequence[ImageLike], class_labels: Labels, num_tokens: int | None
+    ) -> tuple[GPSTokens, Tensor, list[int]]:
+        """Tokens (B pictures), layouts (B tiles, n, 5) and one label for each picture: what is single serves all."""
+        labels = self.label_ids(class_labels)
+        tokens, layout = self.encode(image, num_tokens)
+        if len(labels) == 1:
+            labels = labels * tokens.batch_size
+        if tokens.batch_size == 1:
+            tokens, layout = tokens[[0] * len(labels)], layout.expand(len(labels), -1, -1, -1)
+        if len(labels) != tokens.batch_size:
+            raise ValueError(f"There are {len(labels)} class labels for {tokens.batch_size} pictures.")
+        return tokens, layout.flatten(0, 1), labels
+
+    def _tile_latents(self, tokens: GPSTokens, layout: Tensor) -> Tensor:
+        """(B tiles, n, 5 + C): the tokens of each tile as the transformer's latents."""
+        return self.transformer.to_latents(layout, *tokens.split_tiles())
+
+    @staticmethod
+    def _seeded(
+        generator: Generator | Sequence[Generator] | None, count: int
+    ) -> tuple[list[Generator], list[Generator]]:
+        """Generators of the texture and of the layout, such that a seed means what it means in the main pipeline."""
+        generators = sample_generators(generator, count)
+        return generators, sample_generators(generators, count)
+
+    @staticmethod
+    def _of_tiles(
+        tokens: GPSTokens, labels: Sequence[int], generators: Sequence[Generator]
+    ) -> tuple[list[int], list[Generator]]:
+        """Labels and generators of B pictures for each of their tiles; a picture's generator gives its tiles seeds."""
+        tiles = range(tokens.tile_grid[0] * tokens.tile_grid[1])
+        sources = [generator for generator in generators for _ in tiles]
+        return [label for label in labels for _ in tiles], sample_generators(sources, len(sources))
+
+    # ------------------------------------------------------------------ noise and back
+
+    def _regenerate(
+        self,
+        data: Tensor,
+        layout: Tensor,
+        labels: Sequence[int],
+        generators: Sequence[Generator],
+        strength: float,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        callback_on_step_end: StepCallback | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Noises latents to the strength and generates from there.
+
+        Args:
+            data: (M, n, 5 + C) latents of tiles.
+            layout: (M, n, 5).
+            labels, generators: one for each tile, see `_of_tiles`.
+            kept: (M, n) bool, tokens that stay as they are. They go along the straight way between their noise and
+                their own latents, exactly, whatever the solver: the network sees them there at every evaluation, and
+                their velocity is that of this way.
+
+        Returns: (M, n, 5 + C) float32.
+        """
+        noise = draw_noise(generators, tuple(data.shape[1:]), data.device)
+        network = self.texture_network(layout)
+        if kept is not None:
+            network = _held(network, kept[..., None], data, noise)
+        return self._sample(
+            "texture",
+            self.scheduler,
+            network,
+            tuple(data.shape[1:]),
+            labels,
+            self.transformer.null_class,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            generators,
+            mix_noise(data, noise, self._start_time(num_inference_steps, strength)),
+            strength=strength,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+    def _start_time(self, num_inference_steps: int, strength: float) -> float:
+        """Flow time (0 is noise) of the first step that the scheduler takes at this strength."""
+        if hasattr(self.scheduler, "integrate"):
+            return 1 - strength
+        begin = set_timesteps(self.scheduler, num_inference_steps, self._execution_device, strength)
+        return data_times(self.scheduler)[begin]
+
+    # ------------------------------------------------------------------ arguments and results
+
+    def _check_request(self, strength: float, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must be greater than 0 and at most 1, got {strength!r}.")
+
+    def _merged(self, like: GPSTokens, geometry: Tensor, texture: Tensor) -> GPSTokens:
+        """Tokens of tiles as tokens of pictures of the same sizes."""
+        return GPSTokens.merge_tiles(geometry, texture, like.tile_grid, like.image_size, like.canvas_size)
+
+    def _output(
+        self, tokens: GPSTokens, layout: Tensor, output_type: str, return_dict: bool
+    ) -> GPSTokenPipelineOutput | tuple:
+        images = None if output_type == "tokens" else self.decode(tokens, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (tokens,) if images is None else (images,)
+        layout = self._merged(tokens, layout, layout).geometry
+        return GPSTokenPipelineOutput(images=images, tokens=tokens, layout=layout)
+
+
+def _held(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor], kept: Tensor, data: Tensor, noise: Tensor
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The network with some tokens held on their way: kept (M, n, 1), data and noise (M, n, C)."""
+
+    def velocity(noisy: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        # Under guidance, the batch comes twice.
+        held, end, start = (part.repeat(len(noisy) // len(part), 1, 1) for part in (kept, data, noise))
+        noisy = torch.where(held, mix_noise(end, start, time), noisy)
+        return torch.where(held, end - start, network(noisy, time, labels).float())
+
+    return velocity
