@@ -130,10 +130,10 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         num_tokens: int | None = None,
         layout: Tensor | GPSTokens | LayoutBank | ImageLike | Sequence[ImageLike] | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         layout_num_inference_steps: int = 20,
-        layout_guidance_scale: float = 1.0,
+        layout_guidance_scale: float = 2.0,
         num_images_per_label: int = 1,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
@@ -183,7 +183,13 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         # Drawn whether needed or not: the same seed gives the same texture for a layout that is handed in again.
         layout_generators = sample_generators(generators, len(labels))
         if isinstance(layout, LayoutBank):
-            layout = self.prepare_layout(layout.sample(labels, layout_generators), num_tokens)
+            null, bank = self.transformer.null_class, layout
+            # No class in particular: that of any layout in the bank.
+            of_class = [
+                bank.labels[torch.randint(len(bank), (), generator=own)].item() if label == null else label
+                for label, own in zip(labels, layout_generators, strict=True)
+            ]
+            layout = self.prepare_layout(bank.sample(of_class, layout_generators), num_tokens)
         if layout is None:
             layout = self.generate_layout(
                 labels, num_tokens, layout_num_inference_steps, layout_guidance_scale, generator=layout_generators
@@ -217,7 +223,7 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         class_labels: Labels = None,
         num_tokens: int | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
@@ -297,7 +303,7 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         layout: Tensor,
         class_labels: Labels = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,

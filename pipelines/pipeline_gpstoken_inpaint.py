@@ -46,7 +46,7 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
         reach_sigmas: float = 1.5,
         num_tokens: int | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generator | Sequence[Generator] | None = None,
         output_type: str = "pil",

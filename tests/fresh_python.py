@@ -75,6 +75,7 @@ class FreshPython:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _SERVER],
             env=environment,
+            cwd=Path(__file__).parent,  # at the root of a checkout its sources would hide the installed package
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

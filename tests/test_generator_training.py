@@ -137,7 +137,8 @@ def test_the_loss_is_of_the_velocity():
     assert flow_matching_loss(exact, batch).tolist() == [0, 0]
     # t = 0 is noise, t = 1 is data.
     torch.testing.assert_close(seen["noisy"], torch.stack([noise[0], latents[1]]))
-    torch.testing.assert_close(flow_matching_loss(lambda noisy, time: latents - noise + 2, batch), torch.full((2,), 4.0))
+    off_by_two = flow_matching_loss(lambda noisy, time: latents - noise + 2, batch)
+    torch.testing.assert_close(off_by_two, torch.full((2,), 4.0))
 
 
 @pytest.mark.parametrize("settings", [{"time_sampling": "often"}, {"label_dropout": 1.5}])
@@ -185,8 +186,8 @@ def test_two_processes_learn_what_one_does(workplace):
 
 def test_it_learns(workplace):
     done = run(
-        "train_texture.py", workplace, "long", "--batch_size", "8", "--max_train_steps", "60", "--learning_rate", "5e-3",
-        "--ema_decay", "0.9", "--validation_steps", "30", "--checkpointing_steps", "60",
+        "train_texture.py", workplace, "long", "--batch_size", "8", "--max_train_steps", "60",
+        "--learning_rate", "5e-3", "--ema_decay", "0.9", "--validation_steps", "30", "--checkpointing_steps", "60",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     first, last = curve(workplace / "long")

@@ -153,6 +153,10 @@ def test_layouts_of_every_kind(pipe):
     bank = LayoutBank(layout, torch.tensor([0, 1]), LABELS)
     drawn = pipe([1] * 5, layout=bank, generator=seeded(0), **options).layout
     assert torch.equal(drawn, layout[1:].expand(5, -1, -1))
+    anything = pipe([3] * 8, layout=bank, generator=seeded(0), **options).layout
+    assert {tuple(one.flatten().tolist()) for one in anything} == {tuple(one.flatten().tolist()) for one in layout}
+    with pytest.raises(ValueError, match="no layout of class 2"):
+        pipe(2, layout=bank)
 
 
 def test_another_number_of_tokens_works(pipe):

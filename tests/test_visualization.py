@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gpstoken_diffusers.tokens import GPSTokens
-from gpstoken_diffusers.visualization import ELLIPSE_LEVEL, panel, visualize_gaussians
+from gpstoken_diffusers.visualization import ELLIPSE_LEVEL, panel, picture_grid, visualize_gaussians
 
 
 def tokens_at(*gaussians, height=60, width=90, **fields) -> GPSTokens:
@@ -295,3 +295,18 @@ def test_panel_takes_any_mode():
 def test_panel_of_nothing():
     with pytest.raises(ValueError, match="at least one column"):
         panel([])
+
+
+def test_a_grid_is_as_square_as_it_can_be():
+    pictures = [Image.new("RGB", (10, 6), color) for color in ("red", "lime", "blue", "black", "gray")]
+    grid = np.asarray(picture_grid(pictures, gap=2))
+    assert grid.shape == (2 * 8 + 2, 3 * 12 + 2, 3)
+    assert grid[5, 5].tolist() == [255, 0, 0] and grid[5, 29].tolist() == [0, 0, 255]
+    assert grid[13, 5].tolist() == [0, 0, 0] and grid[13, 29].tolist() == [255, 255, 255]
+    assert picture_grid(pictures, columns=9, gap=0).size == (50, 6)
+    with pytest.raises(ValueError, match="all of one size"):
+        picture_grid([pictures[0], Image.new("RGB", (10, 7))])
+    with pytest.raises(ValueError, match="a grid needs pictures"):
+        picture_grid([])
+    with pytest.raises(ValueError, match="at least one column"):
+        picture_grid(pictures, columns=0)

@@ -149,7 +149,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's own)"
     )
     generate.add_argument(
-        "--guidance", metavar="W", type=float, default=1.5, help="how strongly to keep to the class (default: 1.5)"
+        "--guidance", metavar="W", type=float, default=3.0, help="how strongly to keep to the class (default: 3)"
+    )
+    generate.add_argument(
+        "--layout-guidance", metavar="W", type=float, default=2.0, help="the same of the layout (default: 2)"
     )
     generate.add_argument("--num-tokens", metavar="N", type=int, help="tokens per picture (default: the model's)")
     generate.add_argument(

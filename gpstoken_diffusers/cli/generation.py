@@ -57,6 +57,7 @@ def generate(args: argparse.Namespace) -> int:
             layout=layout,
             num_inference_steps=steps,
             guidance_scale=args.guidance,
+            layout_guidance_scale=args.layout_guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
         pictures += output.images
