@@ -61,8 +61,8 @@ MINI_CONFIG = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--train_dir", required=True, help="Folder of training images, searched with its subfolders.")
-    add("--validation_dir", help="Folder of held-out images; none of them is trained on.")
+    add("--train_dir", required=True, nargs="+", help="Folders of training images, drawn from equally often.")
+    add("--validation_dir", nargs="+", help="Folders of held-out images; none of them is trained on.")
     add("--output_dir", required=True, help="Where checkpoints, the model, curves and pictures go.")
     add("--pretrained", help="Folder of a model to start from; default: the mini configuration, fresh.")
     add("--config", help="JSON file of AutoencoderGPSToken arguments that replace those of the mini configuration.")
@@ -79,6 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--final_lr_scale", type=float, default=0.02, help="The cosine ends at this share of the learning rate.")
     add("--l1_weight", type=float, default=1.0)
     add("--l2_weight", type=float, default=1.0)
+    add("--texture_noise", type=float, default=0.0,
+        help="Noise on textures, up to this share of their deviation: for tokens that a generator is to draw.")
     add("--weight_decay", type=float, default=0.01)
     add("--max_grad_norm", type=float, default=1.0)
     add("--ema_decay", type=float, default=0.999)
@@ -128,6 +130,16 @@ class TokenCountBatches(PhotographCrops):
 def reconstruction_loss(reconstruction: Tensor, target: Tensor, args: argparse.Namespace) -> Tensor:
     difference = reconstruction.float() - target
     return args.l1_weight * difference.abs().mean() + args.l2_weight * difference.square().mean()
+
+
+def load_validation(folder: str, args: argparse.Namespace) -> Tensor:
+    """Centre squares of some images of a folder, spread over it: (n, 3, R, R) in [-1, 1]."""
+    paths = list_images(folder)
+    crops = []
+    for path in paths[:: max(1, len(paths) // args.max_validation_images)][: args.max_validation_images]:
+        with Image.open(path) as image:
+            crops.append(to_pixel_values(center_crop(image, args.resolution)))
+    return torch.stack(crops)
 
 
 @torch.no_grad()
@@ -200,19 +212,13 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.register_for_checkpointing(ema)
     if accelerator.is_main_process:
         count = sum(parameter.numel() for parameter in model.parameters())
-        logger.info("%.2f M parameters, %d training images", count / 1e6, len(dataset.paths))
+        logger.info("%.2f M parameters, %d training images", count / 1e6, sum(map(len, dataset.paths)))
         if args.report_to:
             accelerator.init_trackers("train_autoencoder", config=vars(args))
 
-    validation = None
+    validation = []
     if args.validation_dir and accelerator.is_main_process:
-        paths = list_images(args.validation_dir)
-        paths = paths[:: max(1, len(paths) // args.max_validation_images)][: args.max_validation_images]
-        crops = []
-        for path in paths:
-            with Image.open(path) as image:
-                crops.append(to_pixel_values(center_crop(image, args.resolution)))
-        validation = torch.stack(crops)
+        validation = [load_validation(folder, args) for folder in args.validation_dir]
 
     first_step = resume_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
     if first_step:
@@ -228,7 +234,10 @@ def main(argv: list[str] | None = None) -> None:
             target = batch["pixel_values"]
             with accelerator.autocast():
                 output = model(
-                    target.contiguous(memory_format=torch.channels_last), batch["geometry"], batch["regions"]
+                    target.contiguous(memory_format=torch.channels_last),
+                    batch["geometry"],
+                    batch["regions"],
+                    texture_noise=args.texture_noise,
                 ).sample
             loss = reconstruction_loss(output, target, args)
             accelerator.backward(loss)
@@ -251,18 +260,21 @@ def main(argv: list[str] | None = None) -> None:
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
         out_of_time = args.max_minutes is not None and time.time() - started > 60 * args.max_minutes
         last = step == steps or out_of_time
-        if validation is not None and (step % args.validation_steps == 0 or last):
+        if validation and (step % args.validation_steps == 0 or last):
             plain = accelerator.unwrap_model(model)
             ema.store(plain.parameters())
             ema.copy_to(plain.parameters())
-            score = validate(plain, validation, output_dir / "validation.png", args)
+            row = {"step": step, "loss": average}
+            for number, images in enumerate(validation, start=1):
+                # The first folder's keeps the plain name, by which curves are plotted.
+                suffix = f"_{number}" if number > 1 else ""
+                row[f"psnr{suffix}"] = validate(plain, images, output_dir / f"validation{suffix}.png", args)
             ema.restore(plain.parameters())
-            row = {"step": step, "loss": average, "psnr": score, "minutes": (time.time() - started) / 60}
-            row["lr"] = schedulers[0].get_last_lr()[0]
+            row |= {"minutes": (time.time() - started) / 60, "lr": schedulers[0].get_last_lr()[0]}
             with (output_dir / "curve.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            logger.info("step %d: loss %.4f, held-out PSNR %.2f dB", step, average, score)
-            accelerator.log({"loss": average, "psnr": score}, step=step)
+            logger.info(", ".join(f"{name} {number:.5g}" for name, number in row.items()))
+            accelerator.log(row, step=step)
         if step % args.checkpointing_steps == 0 or last:
             save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
             if main:

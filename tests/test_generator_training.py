@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpstoken_diffusers import GPSTokenLayoutModel, GPSTokenTransformerModel, partition_image
+from gpstoken_diffusers import (
+    GPSTokenImageProcessor,
+    GPSTokenLayoutModel,
+    GPSTokenPipeline,
+    GPSTokenTransformerModel,
+    partition_image,
+)
 from gpstoken_diffusers.training.flow_matching import FlowMatchingSamples, flow_matching_loss
 from gpstoken_diffusers.training.token_dataset import shard_path, write_index, write_shard
 
@@ -46,6 +52,7 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     made_up_dataset(folder / "tokens")
     tiny_model("lattice").save_pretrained(folder / "autoencoder")
+    GPSTokenImageProcessor(tile_size=32, num_tokens=6).save_pretrained(folder / "autoencoder")
     (folder / "tiny.json").write_text(json.dumps(TINY))
     return folder
 
@@ -193,6 +200,27 @@ def test_it_learns(workplace):
     first, last = curve(workplace / "long")
     # A fresh network predicts 0, whose loss is that of unit noise and unit data: 2.
     assert last["validation_loss"] < first["validation_loss"] < 1.5
+
+
+def test_both_stages_make_a_pipeline(workplace, monkeypatch):
+    """After the runs above: their models, put together, draw."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import assemble_pipeline
+
+    assemble_pipeline.main(
+        [
+            "--autoencoder", str(workplace / "autoencoder"),
+            "--transformer", str(workplace / "train_texture_whole" / "model"),
+            "--layout_model", str(workplace / "train_layout_whole" / "model"),
+            "--tokens", str(workplace / "tokens"),
+            "--output", str(workplace / "pipeline"),
+        ]
+    )  # fmt: skip
+    pipe = GPSTokenPipeline.from_pretrained(workplace / "pipeline")
+    assert pipe.id2label == {0: "calm", 1: "loud"}
+    assert pipe("loud", num_inference_steps=2, layout_num_inference_steps=2).images[0].size == (32, 32)
+    # The tokenizer's folder is of use by itself.
+    assert GPSTokenImageProcessor.from_pretrained(workplace / "pipeline" / "autoencoder").tile_size == 32
 
 
 def test_a_missing_dataset_is_named(workplace):

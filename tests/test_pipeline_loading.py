@@ -5,7 +5,6 @@ All in processes that have not imported this package, from a disk and from a Hub
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -106,9 +105,22 @@ def test_diffusers_alone_loads_a_trusted_folder(fresh, folder, picture):
     assert known is False
     package = "gpstoken_diffusers"
     assert modules == [f"{package}.pipelines.pipeline_gpstoken", f"{package}.models.transformer_gpstoken"]
-    pipe, seed = GPSTokenPipeline.from_pretrained(folder), torch.Generator().manual_seed(0)
-    here = pipe(0, num_inference_steps=2, layout_num_inference_steps=2, generator=seed, output_type="np").images
-    assert drawn == picture == hashlib.sha256(here.tobytes()).hexdigest()
+    assert drawn == picture
+
+
+@both_ways
+def test_what_was_saved_draws_the_same_picture_in_another_process(fresh, tmp_path, load):
+    # Not in this process: what other tests did to it (threads, compiled graphs) may change the last bits.
+    saved = fresh(
+        """
+        from pipeline_zoo import tiny_pipeline
+        pipe = tiny_pipeline()
+        result = picture(pipe)
+        pipe.save_pretrained(target)
+        """,
+        target=tmp_path / "saved",
+    )
+    assert fresh(f"result = picture({load}(folder))", folder=tmp_path / "saved") == saved
 
 
 def test_diffusers_alone_refuses_a_folder_that_is_not_trusted(fresh, folder):

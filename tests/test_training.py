@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_zoo import noise_images, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -145,3 +146,26 @@ def test_every_parameter_has_one_optimizer():
     assert len(ids) == len(set(ids)) == len(list(model.parameters()))
     assert all(parameter.ndim >= 2 for parameter in matrices)
     assert any(parameter is model.refiner.texture_head.weight for parameter in others)
+
+
+def test_folders_are_drawn_from_equally_often(tmp_path):
+    for name, color, count in (("few", "black", 1), ("many", "white", 9)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (32, 32), color).save(tmp_path / name / f"{number}.png")
+    crops = PhotographCrops([tmp_path / "few", tmp_path / "many"], 32, 1, length=400)
+    white = sum(crops[index]["pixel_values"].mean() > 0 for index in range(400)) / 400
+    assert abs(white - 0.5) < 0.1  # four standard deviations
+    alone = PhotographCrops(tmp_path / "few", 32, 1, length=4)
+    assert all(alone[index]["pixel_values"].max() == -1 for index in range(4))
+
+
+def test_texture_noise_is_relative_and_for_training_alone():
+    model = tiny_model("lattice")
+    pixels = noise_images(2, 32, 32)
+    with torch.no_grad():
+        plain = model(pixels).sample
+        torch.manual_seed(0)
+        noisy = model(pixels, texture_noise=0.5).sample
+        assert torch.equal(model(pixels, texture_noise=0.0).sample, plain)
+    assert 0 < (noisy - plain).square().mean() < plain.var()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -401,10 +401,20 @@ class AutoencoderGPSToken(SingleFileLoadingMixin, ModelMixin, AttentionMixin, Au
         regions: Tensor | None = None,
         *,
         num_tokens: int | None = None,
+        texture_noise: float = 0.0,
         return_dict: bool = True,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encodes and decodes: (B, in_channels, H, W) in [-1, 1] -> `sample` of that size. Arguments as `encode`."""
+        """Encodes and decodes: (B, in_channels, H, W) in [-1, 1] -> `sample` of that size. Arguments as `encode`, and
+
+        texture_noise: for training. Each image's textures get noise of up to this share of their deviation in the
+            batch, so that the decoder forgives what a generator of tokens gets slightly wrong.
+        """
         (tokens,) = self.encode(sample, geometry, regions, num_tokens=num_tokens, return_dict=False)
+        if texture_noise:
+            texture = tokens.texture
+            share = texture_noise * torch.rand(len(texture), 1, 1, device=texture.device, dtype=texture.dtype)
+            noise = torch.randn_like(texture) * texture.detach().std(dim=(0, 1))
+            tokens = replace(tokens, texture=texture + share * noise)
         return self.decode(tokens, return_dict=return_dict)
 
     def _chunks(self, count: int, tile_grid: tuple[int, int]) -> Iterator[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +47,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class PhotographCrops(Dataset):
-    """Random square crops of the photographs in a folder, with the partition of each.
+    """Random square crops of the photographs in folders, with the partition of each.
 
     A crop's side is drawn log-uniformly between the resolution and the photograph's shorter side, and the crop is
     scaled down to the resolution: coarse and fine detail appear equally often. Crops are mirrored half of the time.
 
     Args:
-        folder: searched with its subfolders.
+        folders: one or several, each searched with its subfolders. Several are drawn from equally often, however many
+            photographs they hold.
         resolution: side of the samples in pixels.
         num_tokens: tokens of the partition.
         length: samples per epoch.
@@ -61,8 +63,16 @@ class PhotographCrops(Dataset):
     A sample: `pixel_values` (3, R, R) float32 in [-1, 1], `regions` (N, 4) int32, `geometry` (N, 5) float32.
     """
 
-    def __init__(self, folder: str | os.PathLike, resolution: int, num_tokens: int, length: int, seed: int = 0):
-        self.paths = list_images(folder)
+    def __init__(
+        self,
+        folders: str | os.PathLike | Sequence[str | os.PathLike],
+        resolution: int,
+        num_tokens: int,
+        length: int,
+        seed: int = 0,
+    ):
+        folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+        self.paths = [list_images(folder) for folder in folders]
         self.resolution, self.num_tokens, self.length, self.seed = resolution, num_tokens, length, seed
         self._decoded: dict[Path, Image.Image] = {}
 
@@ -71,7 +81,8 @@ class PhotographCrops(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         random = np.random.default_rng((self.seed, index))
-        image = self._load(self.paths[random.integers(len(self.paths))])
+        paths = self.paths[random.integers(len(self.paths))] if len(self.paths) > 1 else self.paths[0]
+        image = self._load(paths[random.integers(len(paths))])
         width, height = image.size
         shorter = min(width, height)
         # Photographs below the resolution are enlarged, as there is nothing else to take from them.
