@@ -19,11 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenTransformerModel
 from gpstoken_diffusers.assets import MINI
-from gpstoken_diffusers.models.token_latents import geometry_residual
 from gpstoken_diffusers.training.generator_loop import add_training_arguments, train_generator
 from gpstoken_diffusers.training.previews import save_texture_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
@@ -66,31 +64,19 @@ class TextureLatents(Dataset):
         return {"latents": latents, "layout": layout, "label": item["label"]}
 
 
-def latents_statistics(dataset: TokenDataset, residual: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of a generator's latents before they are standardised."""
-    count, total, squares = 0, 0.0, 0.0
-    for index in tqdm(range(len(dataset)), desc="statistics of the latents"):
-        item = dataset[index]
-        values = [geometry_residual(item["initial_geometry"], item["geometry"], residual), item["texture"]]
-        values = torch.cat([value.double() for value in values], dim=-1)
-        count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
-    mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=1e-12).sqrt().tolist()
-
-
 def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTransformerModel:
     if args.pretrained:
         return GPSTokenTransformerModel.from_pretrained(args.pretrained)
     config = dict(MINI_CONFIG)
     if args.config:
         config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
-    mean, std = latents_statistics(dataset, config.get("geometry_residual", "additive"))
+    mean, std = dataset.statistics(config.get("geometry_residual", "additive"))
     data = {
         "texture_channels": dataset.texture_channels,
         "num_tokens": dataset.num_tokens,
         "num_classes": len(dataset.id2label),
-        "latents_mean": mean,
-        "latents_std": std,
+        "latents_mean": mean.tolist(),
+        "latents_std": std.clamp(min=1e-6).tolist(),
     }
     return GPSTokenTransformerModel(**data | config)
 

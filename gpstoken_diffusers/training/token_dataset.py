@@ -23,6 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..models.token_latents import geometry_residual
 from ..safe_files import open_safetensors, write_atomically
 from ..tokens import GEOMETRY_CHANNELS
 
@@ -250,16 +251,19 @@ class TokenDataset(Dataset):
         """The initial Gaussians of all items: (n, N, 5) float32."""
         return torch.cat([self._file(shard).get_tensor("initial_geometry") for shard in range(len(self._paths))])
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self, residual: str = "additive") -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what a generator predicts, over all items and tokens.
 
-        Returns: two tensors (5 + C,) float64: of geometry - initial_geometry, then of texture, channel by channel.
-        Reads everything once. The deviation is that of the items themselves (divided by n, not by n - 1).
+        Args:
+            residual: "additive" or "relative", see [`geometry_residual`].
+
+        Returns: two tensors (5 + C,) float64: of the geometry's residual, then of texture, channel by channel. Reads
+        everything once. The deviation is that of the items themselves (divided by n, not by n - 1).
         """
         count = 0
         mean = torch.zeros(GEOMETRY_CHANNELS + self.texture_channels, dtype=torch.float64)
         squares = torch.zeros_like(mean)  # sum of squared distances from the mean so far
-        for rows in self._latents():
+        for rows in self._latents(residual):
             # Parts are joined by their means: a sum of plain squares would lose a deviation small beside its mean.
             total = count + len(rows)
             part_mean = rows.mean(0)
@@ -269,14 +273,14 @@ class TokenDataset(Dataset):
             count = total
         return mean, (squares / count).sqrt()
 
-    def _latents(self) -> Iterator[Tensor]:
+    def _latents(self, kind: str) -> Iterator[Tensor]:
         """All tokens, some at a time: (tokens, 5 + C) float64."""
         for shard in range(len(self._paths)):
             file = self._file(shard)
             parts = {name: file.get_tensor(name) for name in ("initial_geometry", "geometry", "texture")}
             for start in range(0, len(parts["texture"]), _ITEMS_AT_ONCE):
                 chosen = {name: part[start : start + _ITEMS_AT_ONCE].double() for name, part in parts.items()}
-                residual = chosen["geometry"] - chosen["initial_geometry"]
+                residual = geometry_residual(chosen["initial_geometry"], chosen["geometry"], kind)
                 yield torch.cat([residual, chosen["texture"]], dim=-1).flatten(0, 1)
 
     def _locate(self, index: int) -> tuple[int, int]:
