@@ -203,7 +203,7 @@ def test_save_and_load(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"texture_channels": 3}, "must have 5 \\+ texture_channels = 8 numbers, got 9"),
+        ({"texture_channels": 3}, "a number for each of 8 channels, got 9"),
         ({"latents_std": [0.0] * 9}, "must be positive"),
         ({"geometry_residual": "affine"}, '"additive" or "relative", got .affine.'),
         ({"num_attention_heads": 3}, "multiple"),

@@ -87,5 +87,7 @@ def test_save_and_load(tmp_path):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"\(B, N, 4\), got \(1, 6, 5\)"):
         tiny_layout_model()(torch.zeros(1, 6, 5), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ValueError, match="latents_mean must have 4 numbers, got 5"):
+    with pytest.raises(ValueError, match="latents_mean must have a number for each of 4 channels, got 5"):
         tiny_layout_model(latents_mean=[0.0] * 5)
+    with pytest.raises(ValueError, match="latents_std must be positive, got 0"):
+        tiny_layout_model(latents_std=[1.0, 1.0, 0.0, 1.0])

@@ -56,7 +56,30 @@ def apply_geometry_residual(initial_geometry: Tensor, residual: Tensor, kind: st
     return torch.cat([sigma, rho.clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION), center], dim=-1)
 
 
-class TokenLatentsMixin:
+class StandardisedLatentsMixin:
+    """A generator whose config holds the mean and deviation of each latent channel, and its number of classes."""
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def _register_latents_scale(self, channels: int, mean: list[float] | None, std: list[float] | None) -> None:
+        """Checks and completes `latents_mean` and `latents_std`, None being 0 and 1; for `__init__` to call."""
+        scale = {"latents_mean": mean or [0.0] * channels, "latents_std": std or [1.0] * channels}
+        for name, values in scale.items():
+            if len(values) != channels:
+                raise ValueError(f"{name} must have a number for each of {channels} channels, got {len(values)}.")
+        if min(scale["latents_std"]) <= 0:
+            raise ValueError(f"latents_std must be positive, got {min(scale['latents_std'])}.")
+        self.register_to_config(**{name: list(values) for name, values in scale.items()})
+
+    def _latents_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        scale = (self.config.latents_mean, self.config.latents_std)
+        return tuple(torch.tensor(values, dtype=torch.float32, device=device) for values in scale)
+
+
+class TokenLatentsMixin(StandardisedLatentsMixin):
     """Standardised latents of a generator, by `latents_mean`, `latents_std` and `geometry_residual` of its config."""
 
     def to_latents(self, initial_geometry: Tensor, geometry: Tensor, texture: Tensor) -> Tensor:
@@ -79,7 +102,3 @@ class TokenLatentsMixin:
         residual, texture = values[..., :GEOMETRY_CHANNELS], values[..., GEOMETRY_CHANNELS:]
         kind = self.config.geometry_residual
         return apply_geometry_residual(initial_geometry.float(), residual, kind), texture
-
-    def _latents_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        scale = (self.config.latents_mean, self.config.latents_std)
-        return tuple(torch.tensor(values, dtype=torch.float32, device=device) for values in scale)

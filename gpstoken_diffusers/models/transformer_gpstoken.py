@@ -87,13 +87,7 @@ class GPSTokenTransformerModel(
         if geometry_residual not in ("additive", "relative"):
             raise ValueError(f'geometry_residual must be "additive" or "relative", got {geometry_residual!r}.')
         channels = GEOMETRY_CHANNELS + texture_channels
-        scale = {"latents_mean": latents_mean or [0.0] * channels, "latents_std": latents_std or [1.0] * channels}
-        for name, values in scale.items():
-            if len(values) != channels:
-                raise ValueError(f"{name} must have 5 + texture_channels = {channels} numbers, got {len(values)}.")
-        if min(scale["latents_std"]) <= 0:
-            raise ValueError(f"latents_std must be positive, got {min(scale['latents_std'])}.")
-        self.register_to_config(**{name: list(values) for name, values in scale.items()})
+        self._register_latents_scale(channels, latents_mean, latents_std)
         self.token_embedding = nn.Linear(channels, hidden_size)
         self.layout_embedding = GaussianEmbedding(hidden_size, layout_frequencies)
         self.time_embedding = TimeEmbedding(hidden_size)
@@ -104,11 +98,6 @@ class GPSTokenTransformerModel(
         if position_table:
             self.positions = nn.Parameter(torch.zeros(1, num_tokens, hidden_size), requires_grad=False)
         self.gradient_checkpointing = False
-
-    @property
-    def null_class(self) -> int:
-        """The label that stands for no class."""
-        return self.config.num_classes
 
     def forward(
         self,

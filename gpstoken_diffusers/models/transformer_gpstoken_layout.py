@@ -17,6 +17,7 @@ from .conditional_block import (
     initialise_generator,
 )
 from .loading import FolderLoadingMixin
+from .token_latents import StandardisedLatentsMixin
 from .transformer_gpstoken import VelocityOutput
 
 LAYOUT_CHANNELS = 4
@@ -26,7 +27,9 @@ PLACE_FREQUENCIES = 8
 _Z_CURVE_BITS = 12
 
 
-class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
+class GPSTokenLayoutModel(
+    FolderLoadingMixin, StandardisedLatentsMixin, ModelMixin, AttentionMixin, ConfigMixin
+):
     r"""A light transformer that draws layouts, N initial Gaussians, by flow matching.
 
     A layout's latents are, per Gaussian, (log2 sigma_x, log2 sigma_y, x, y), standardised; rho is 0 in every layout.
@@ -62,14 +65,7 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         latents_std: list[float] | None = None,
     ):
         super().__init__()
-        scale = {
-            "latents_mean": latents_mean or [0.0] * LAYOUT_CHANNELS,
-            "latents_std": latents_std or [1.0] * LAYOUT_CHANNELS,
-        }
-        for name, values in scale.items():
-            if len(values) != LAYOUT_CHANNELS:
-                raise ValueError(f"{name} must have {LAYOUT_CHANNELS} numbers, got {len(values)}.")
-        self.register_to_config(**{name: list(values) for name, values in scale.items()})
+        self._register_latents_scale(LAYOUT_CHANNELS, latents_mean, latents_std)
         self.token_embedding = nn.Linear(LAYOUT_CHANNELS * (1 + 2 * coordinate_frequencies), hidden_size)
         self.place_embedding = nn.Linear(2 * PLACE_FREQUENCIES, hidden_size)
         self.time_embedding = TimeEmbedding(hidden_size)
@@ -78,11 +74,6 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         self.head = ConditionalHead(hidden_size, LAYOUT_CHANNELS)
         initialise_generator(self)
         self.gradient_checkpointing = False
-
-    @property
-    def null_class(self) -> int:
-        """The label that stands for no class."""
-        return self.config.num_classes
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
@@ -132,10 +123,6 @@ class GPSTokenLayoutModel(FolderLoadingMixin, ModelMixin, AttentionMixin, Config
         values = latents.float() * std + mean
         sigma, center = values[..., :2].exp2(), values[..., 2:]
         return torch.cat([sigma, torch.zeros_like(sigma[..., :1]), center], dim=-1)
-
-    def _latents_scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        scale = (self.config.latents_mean, self.config.latents_std)
-        return tuple(torch.tensor(values, dtype=torch.float32, device=device) for values in scale)
 
 
 def z_curve_order(center: Tensor) -> Tensor:
