@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from .safe_files import open_safetensors, write_atomically
+from .safe_files import check_format, open_safetensors, write_atomically
 from .safe_pickle import read_pickle
 
 __all__ = ["LayoutBank"]
@@ -166,19 +166,11 @@ class LayoutBank:
         """
         with open_safetensors(path, advice=_ADVICE) as file:
             header = file.metadata() or {}
-            if header.get("format") != FILE_FORMAT:
-                raise ValueError(
-                    f"{path}: a safetensors file, but not of layouts. Those are written by LayoutBank.save; "
-                    "LayoutBank.from_official_pickle reads the official initg.pickle."
-                )
-            version = header.get("format_version", "")
-            if not version.isdecimal():
-                raise ValueError(f"{path}: the layouts are damaged: their format version reads {version!r}.")
-            if int(version) > FILE_FORMAT_VERSION:
-                raise ValueError(
-                    f"{path}: layouts of format version {version}, but this program reads up to "
-                    f"{FILE_FORMAT_VERSION}. Upgrade it: pip install --upgrade gpstoken-diffusers"
-                )
+            otherwise = (
+                "a safetensors file, but not of layouts. Those are written by LayoutBank.save; "
+                "LayoutBank.from_official_pickle reads the official initg.pickle."
+            )
+            check_format(header, path, FILE_FORMAT, FILE_FORMAT_VERSION, otherwise)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         try:
             id2label = {int(label): name for label, name in json.loads(header["id2label"]).items()}

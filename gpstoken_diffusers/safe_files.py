@@ -64,3 +64,28 @@ def open_safetensors(path: str | os.PathLike, advice: str) -> Iterator[safe_open
     except SafetensorError as error:
         whole = "a truncated or damaged safetensors file" if start[8:] == b"{" else "not a safetensors file"
         raise ValueError(f"{path}: {whole} ({error}). {advice}") from error
+
+
+def check_format(header: dict[str, str], path: str | os.PathLike, name: str, version: int, otherwise: str) -> None:
+    """Whether the header of a safetensors file says that this program can read it.
+
+    Args:
+        header: its strings, `format` and `format_version` among them.
+        path: the file, for the messages.
+        name: the format that it should have, `gpstoken.` and the plural of what the file holds.
+        version: the highest version that this program reads.
+        otherwise: what a file of another format is, and where the right ones come from; completes "PATH: ".
+
+    Raises:
+        ValueError: another format, no version, or a later one.
+    """
+    if header.get("format") != name:
+        raise ValueError(f"{path}: {otherwise}")
+    found, content = header.get("format_version", ""), name.removeprefix("gpstoken.")
+    if not found.isdecimal():
+        raise ValueError(f"{path}: the {content} are damaged: their format version reads {found!r}.")
+    if int(found) > version:
+        raise ValueError(
+            f"{path}: {content} of format version {found}, but this program reads up to {version}. Upgrade it: "
+            "pip install --upgrade gpstoken-diffusers"
+        )

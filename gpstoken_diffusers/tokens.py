@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from .safe_files import open_safetensors, write_atomically
+from .safe_files import check_format, open_safetensors, write_atomically
 
 GEOMETRY_CHANNELS = 5
 """Channels of a geometry, always in the order (sigma_x, sigma_y, rho, x, y)."""
@@ -383,20 +383,11 @@ def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], 
     with open_safetensors(path, advice="Encode the image again.") as file:
         header = file.metadata() or {}
         names = sorted(file.keys())
-        if header.get("format") != FILE_FORMAT:
-            shown = f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            raise ValueError(
-                f"{path}: a safetensors file, but not of tokens: it holds {shown}. "
-                "Tokens are written by GPSTokens.save and `gpstoken encode`."
-            )
-        version = header.get("format_version", "")
-        if not version.isdecimal():
-            raise ValueError(f"{path}: the tokens are damaged: their format version reads {version!r}.")
-        if int(version) > FILE_FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: tokens of format version {version}, but this program reads up to "
-                f"{FILE_FORMAT_VERSION}. Upgrade it: pip install --upgrade gpstoken-diffusers"
-            )
+        otherwise = (
+            f"a safetensors file, but not of tokens: it holds {len(names)} tensors ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}). Tokens are written by GPSTokens.save and `gpstoken encode`."
+        )
+        check_format(header, path, FILE_FORMAT, FILE_FORMAT_VERSION, otherwise)
         # Copies, so that the file is not kept mapped into memory while the tokens live.
         tensors = {name: file.get_tensor(name).clone() for name in names} if with_tensors else {}
     return header, tensors

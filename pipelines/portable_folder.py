@@ -11,12 +11,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers import ModelMixin
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import gpstoken_diffusers
 
+from ..models.loading import refuse_unknown_settings
 from ..safe_files import write_atomically
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ _INSTALL = "pip install -U gpstoken-diffusers"
 _FORMAT = 1
 _FORMAT_KEY = "_gpstoken_format"
 _PRIVATE_KEYS = ("_class_name", "_diffusers_version", _FORMAT_KEY)
-
-# What diffusers writes into the config.json of a model beside the arguments of its constructor.
-_OTHER_MODEL_SETTINGS = {"auto_map", "quantization_config"}
 
 _PIPELINE_CODE = '''\
 """Run by DiffusionPipeline.from_pretrained(<this folder>, trust_remote_code=True)."""
@@ -157,7 +154,7 @@ class PortableFolderMixin:
 
     @classmethod
     def _check_components(cls, folder: Path, passed: dict[str, Any]) -> None:
-        """Raises OSError for a missing component, ValueError for one of a later version."""
+        """Raises OSError for a missing component, ValueError for a folder of a later version."""
         index = cls.load_config(folder)
         cls._check_index(index)
         for name, entry in index.items():
@@ -168,12 +165,6 @@ class PortableFolderMixin:
                     f"The component {name} ({entry[1]}) is missing: {folder} has no folder of that name. Download or "
                     f"copy the model again, or give the component: from_pretrained(..., {name}=...)."
                 )
-            component = _public_class(entry[1]) if entry[0] == _PACKAGE else None
-            if component is not None and issubclass(component, ModelMixin):
-                settings = component.load_config(folder / name)
-                if settings.get("_class_name") == component.__name__:  # the component itself refuses another
-                    unknown = _settings_unknown_to(component, settings) - _OTHER_MODEL_SETTINGS
-                    _refuse_unknown(unknown, folder / name / component.config_name, component.__name__)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -209,7 +200,7 @@ class PortableFolderMixin:
                 f"{gpstoken_diffusers.__version__} reads up to {_FORMAT}): {_INSTALL}."
             )
         if class_name == cls.__name__:
-            _refuse_unknown(_settings_unknown_to(cls, index), cls.config_name, class_name)
+            refuse_unknown_settings(cls, index, cls.config_name)
 
 
 def _public_class(name: str | None) -> type | None:
@@ -228,16 +219,3 @@ def _locate(entry: Any) -> Any:
             f"not have. If it comes from a later version: {_INSTALL}."
         )
     return [component.__module__, entry[1]]
-
-
-def _settings_unknown_to(owner: type, config: dict[str, Any]) -> set[str]:
-    return {name for name in config if not name.startswith("_")} - owner._get_init_keys(owner)
-
-
-def _refuse_unknown(settings: set[str], file: str | os.PathLike, class_name: str) -> None:
-    """diffusers only warns of settings that it drops, and the pictures come out wrong."""
-    if settings:
-        raise ValueError(
-            f"{file} has settings that {class_name} of {_PACKAGE} {gpstoken_diffusers.__version__} does not know: "
-            f"{', '.join(sorted(settings))}. If a later version saved it: {_INSTALL}."
-        )

@@ -13,7 +13,7 @@ import torch
 from pipeline_zoo import tiny_pipeline
 from safetensors.torch import load_file, save_file
 
-from gpstoken_diffusers import GPSTokenPipeline, GPSTokenSDEScheduler
+from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenPipeline, GPSTokenSDEScheduler
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -167,6 +167,12 @@ def test_a_later_version(folder, file, entries, message):
 def test_settings_that_diffusers_itself_adds_are_no_later_version(folder):
     change_json(folder / "transformer" / "config.json", auto_map={"AutoModel": "model.Model"}, _later="private")
     GPSTokenPipeline.from_pretrained(folder)
+
+
+def test_a_model_alone_refuses_settings_of_a_later_version_too(folder):
+    change_json(folder / "autoencoder" / "config.json", hemispheres=2)
+    with pytest.raises(ValueError, match="AutoencoderGPSToken .*does not know: hemispheres.*pip install -U"):
+        AutoencoderGPSToken.from_pretrained(folder / "autoencoder")
 
 
 # ---------------------------------------------------------------------- saving

@@ -6,11 +6,11 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import convert
+from .. import __version__, convert
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,6 +23,23 @@ _LOCATION_ARGUMENTS = (
 )  # fmt: skip
 
 
+# What diffusers writes into a config.json beside the arguments of the constructor.
+_OTHER_SETTINGS = {"auto_map", "quantization_config"}
+
+
+def refuse_unknown_settings(owner: type, config: dict[str, Any], file: str | os.PathLike) -> None:
+    """Raises ValueError for settings in `file` that the class `owner` does not know.
+
+    diffusers only warns of settings that it drops, and the pictures come out wrong.
+    """
+    unknown = {name for name in config if not name.startswith("_")} - owner._get_init_keys(owner) - _OTHER_SETTINGS
+    if unknown:
+        raise ValueError(
+            f"{file} has settings that {owner.__name__} of gpstoken_diffusers {__version__} does not know: "
+            f"{', '.join(sorted(unknown))}. If a later version saved it: pip install -U gpstoken-diffusers."
+        )
+
+
 class FolderLoadingMixin:
     """Stands before `ModelMixin`: adds checks that diffusers leaves out, and clean configurations."""
 
@@ -33,17 +50,19 @@ class FolderLoadingMixin:
         Safetensors only: diffusers would fall back to a pickle where there is no safetensors file.
 
         Raises:
-            ValueError: the folder holds another class of model.
+            ValueError: the folder holds another class of model, or settings of a later version.
             OSError: no such folder, no configuration or weights in it, or weights that the model needs are missing
                 (diffusers only warns, and leaves them empty).
         """
         kwargs["use_safetensors"] = True
         where = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
-        class_name = cls.load_config(pretrained_model_name_or_path, **where).get("_class_name")
+        config = cls.load_config(pretrained_model_name_or_path, **where)
+        class_name = config.get("_class_name")
         if class_name != cls.__name__:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of class {class_name}, not {cls.__name__}."
             )
+        refuse_unknown_settings(cls, config, Path(pretrained_model_name_or_path) / cls.config_name)
         model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
         empty = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
