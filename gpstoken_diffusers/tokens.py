@@ -273,6 +273,20 @@ class GPSTokens:
         return cls(geometry, texture, image_size, tile_grid, canvas_size)
 
     @classmethod
+    def from_geometry(
+        cls,
+        geometry: Tensor,
+        image_size: tuple[int, int],
+        tile_grid: tuple[int, int] = (1, 1),
+        canvas_size: tuple[int, int] | None = None,
+    ) -> GPSTokens:
+        """A layout: Gaussians (B, N, 5) that show nothing yet; their texture is one channel of zeros.
+
+        It is cut into tiles, drawn, edited and saved as all tokens are. Raises as the constructor does.
+        """
+        return cls(geometry, torch.zeros_like(geometry[..., :1]), image_size, tile_grid, canvas_size)
+
+    @classmethod
     def merge_tiles(
         cls,
         geometry: Tensor,
@@ -307,6 +321,10 @@ class GPSTokens:
         merged = torch.cat([sigma, tiles[..., RHO, None], center], dim=-1)
         texture = texture.unflatten(0, (-1, num_tiles)).flatten(1, 2)
         return cls(merged.flatten(1, 2), texture, image_size, tile_grid, canvas_size)
+
+    def with_tiles(self, geometry: Tensor, texture: Tensor) -> GPSTokens:
+        """`merge_tiles` into pictures of the sizes and tiles of these."""
+        return self.merge_tiles(geometry, texture, self.tile_grid, self.image_size, self.canvas_size)
 
     def split_tiles(self) -> tuple[Tensor, Tensor]:
         """Undo `merge_tiles`, up to rounding.

@@ -152,7 +152,7 @@ def integrate_flow(
     latents: Tensor,
     num_inference_steps: int,
     generators: Sequence[Generator],
-    on_step: Callable[[int, float, Tensor, Tensor], Tensor | None],
+    on_step: Callable[[int, float, Tensor, Tensor, Tensor], Tensor | None],
     strength: float = 1.0,
 ) -> Tensor:
     """From noise to data by any flow scheduler.
@@ -164,7 +164,9 @@ def integrate_flow(
         num_inference_steps: steps of the whole way; a scheduler that chooses its own steps ignores it.
         generators: one per sample, for schedulers that add noise.
         on_step: called after every step with (its number from 0, the flow time it started at, the scheduler's timestep
-            as a tensor, the latents); the latents that it returns are taken from there on; None ends the way.
+            as a tensor, the latents, and what the network expected at the step's start that they will end as; the
+            latents themselves, from schedulers that choose their own steps); the latents that it returns are taken
+            from there on; None ends the way.
         strength: the part of the way to go, see [`set_timesteps`].
 
     Returns: (B, N, C) float32.
@@ -174,7 +176,7 @@ def integrate_flow(
 
         def callback(time: float, state: Tensor) -> bool:
             nonlocal steps
-            kept = on_step(steps, time, torch.tensor(1000 * (1 - time)), state)
+            kept = on_step(steps, time, torch.tensor(1000 * (1 - time)), state, state)
             steps += 1
             return kept is None
 
@@ -184,9 +186,9 @@ def integrate_flow(
     options = {"generator": list(generators)} if draws_noise else {}
     times = data_times(scheduler)
     for number, (timestep, time) in enumerate(zip(scheduler.timesteps[begin:], times[begin:], strict=True)):
-        output = to_model_output(velocity(latents, time))
-        stepped = scheduler.step(output, timestep, latents, **options).prev_sample
-        kept = on_step(number, time, timestep, stepped)
+        towards_data = velocity(latents, time)
+        stepped = scheduler.step(to_model_output(towards_data), timestep, latents, **options).prev_sample
+        kept = on_step(number, time, timestep, stepped, latents + (1 - time) * towards_data)
         if kept is None:
             return stepped
         latents = kept

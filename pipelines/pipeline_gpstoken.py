@@ -71,7 +71,7 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "layout_model->transformer->autoencoder"
     _optional_components = ["layout_model", "layout_scheduler"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "tokens"]
 
     def __init__(
         self,
@@ -160,7 +160,8 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
             output_type: "pil", "np", "pt" or "tokens".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the second
                 stage; what it returns under "latents" is taken from there on.
-            callback_on_step_end_tensor_inputs: which tensors it gets.
+            callback_on_step_end_tensor_inputs: what it gets; beside "latents" there is "tokens", [`GPSTokens`] of the
+                pictures as the network expects them to end, for previews.
             return_dict: whether to return a [`GPSTokenPipelineOutput`] or a tuple of its first entry (the pictures, or
                 the tokens for `output_type="tokens"`).
 
@@ -300,7 +301,7 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
     @torch.no_grad()
     def generate_texture(
         self,
-        layout: Tensor,
+        layout: Tensor | GPSTokens,
         class_labels: Labels = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 3.0,
@@ -312,21 +313,36 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
     ) -> GPSTokens:
         """Draws what the Gaussians of a layout show, and by how much they differ from it.
 
-        Args: `layout` (B, N, 5), the rest as in `__call__`; one label serves all layouts.
+        Args:
+            layout: (B, N, 5), initial Gaussians of one tile; or tokens, whose Gaussians are taken, of pictures of any
+                size. Tiles are then drawn each by itself: the networks know single tiles.
+            latents: (B tiles, n, 5 + C) noise instead of the generator's.
 
-        Returns: tokens of B pictures of one tile, texture in float32.
+            The rest is as in `__call__`; one label serves all layouts.
+
+        Returns: tokens of B pictures, texture in float32.
         """
         labels = self.label_ids(class_labels)
-        layout = self.prepare_layout(layout)
+        if not isinstance(layout, GPSTokens):
+            side = self.autoencoder.config.sample_size
+            layout = GPSTokens.from_geometry(self.prepare_layout(layout), (side, side))
+        layout = layout.validate().to(self._execution_device)
         if len(labels) == 1:
-            labels = labels * len(layout)
-        if len(labels) != len(layout):
-            raise ValueError(f"There are {len(labels)} class labels for {len(layout)} layouts.")
+            labels = labels * layout.batch_size
+        if len(labels) != layout.batch_size:
+            raise ValueError(f"There are {len(labels)} class labels for {layout.batch_size} layouts.")
+        if layout.tile_grid != (1, 1):
+            labels, generator = self._of_tiles(layout, labels, sample_generators(generator, len(labels)))
+        tiles, _ = layout.split_tiles()
+
+        def tokens_of(latents: Tensor) -> GPSTokens:
+            return layout.with_tiles(*self.transformer.from_latents(tiles, latents))
+
         latents = self._sample(
             "texture",
             self.scheduler,
-            self.texture_network(layout),
-            (layout.shape[1], GEOMETRY_CHANNELS + self.transformer.config.texture_channels),
+            self.texture_network(tiles),
+            (tiles.shape[1], GEOMETRY_CHANNELS + self.transformer.config.texture_channels),
             labels,
             self.transformer.null_class,
             num_inference_steps,
@@ -334,11 +350,20 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
             guidance_interval,
             generator,
             latents,
+            tokens_of=tokens_of,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        side = self.autoencoder.config.sample_size
-        return GPSTokens(*self.transformer.from_latents(layout, latents), (side, side))
+        return tokens_of(latents)
+
+    @staticmethod
+    def _of_tiles(
+        tokens: GPSTokens, labels: Sequence[int], generators: Sequence[Generator]
+    ) -> tuple[list[int], list[Generator]]:
+        """Labels and generators of B pictures for each of their tiles; a picture's generator gives its tiles seeds."""
+        tiles = range(tokens.tile_grid[0] * tokens.tile_grid[1])
+        sources = [generator for generator in generators for _ in tiles]
+        return [label for label in labels for _ in tiles], sample_generators(sources, len(sources))
 
     def texture_network(self, layout: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The transformer for layouts (B, N, 5), a function of latents, time and labels of B or 2 B samples."""
@@ -373,10 +398,14 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         generator: Generator | Sequence[Generator] | None,
         latents: Tensor | None,
         strength: float = 1.0,
+        tokens_of: Callable[[Tensor], GPSTokens] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Tensor:
-        """Noise to latents (B, *shape) float32 with a progress bar named after the stage."""
+        """Noise to latents (B, *shape) float32 with a progress bar named after the stage.
+
+        `tokens_of` makes tokens of pictures of such latents, for the callback.
+        """
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -399,14 +428,16 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
             if hasattr(scheduler, "integrate"):
                 progress.total = None  # nobody knows how many steps it will take
 
-            def on_step(number: int, time: float, timestep: Tensor, latents: Tensor) -> Tensor | None:
+            def on_step(
+                number: int, time: float, timestep: Tensor, latents: Tensor, denoised: Tensor
+            ) -> Tensor | None:
                 if number == 0 and progress.total is not None:
                     # Some of the way may be left out, and some schedulers evaluate twice in a step.
                     progress.total = len(scheduler.timesteps) - scheduler.begin_index
                 progress.update()
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents}
-                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    makers = {"latents": lambda: latents, "tokens": lambda: tokens_of(denoised)}
+                    given = {name: makers[name]() for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, number, timestep, given).get("latents", latents)
                 return None if self.interrupt else latents
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -91,6 +92,10 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             old, new = (GPSTokens(geometry, latents, tokens.image_size) for geometry in (own_layout, layout))
             latents = swap_texture(new, old).texture
             own_layout = layout
+
+        def tokens_of(latents: Tensor) -> GPSTokens:
+            return tokens.with_tiles(*self.transformer.from_latents(own_layout, latents))
+
         latents = self._regenerate(
             latents,
             own_layout,
@@ -99,11 +104,79 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             num_inference_steps,
             guidance_scale,
             guidance_interval,
+            tokens_of,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        tokens = self._merged(tokens, *self.transformer.from_latents(own_layout, latents))
-        return self._output(tokens, own_layout, output_type, return_dict)
+        return self._output(tokens_of(latents), own_layout, output_type, return_dict)
+
+    @torch.no_grad()
+    def regenerate_tokens(
+        self,
+        tokens: GPSTokens,
+        layout: GPSTokens | Tensor,
+        class_labels: Labels = None,
+        strength: float = 0.6,
+        selection: Tensor | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 3.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        generator: Generator | Sequence[Generator] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> GPSTokens:
+        """The stage between `encode` and `decode`: noises tokens to the strength, and generates them from there.
+
+        Args:
+            tokens: of B pictures.
+            layout: the initial Gaussians that they were refined from: tokens, whose Gaussians are taken, or
+                (B, N, 5) in coordinates of the whole picture.
+            selection: (N,) or (B, N) bool: tokens to generate; all others stay bit for bit, and the network sees them
+                on their way from noise at every evaluation. None is all. Tiles without a selected token cost nothing.
+
+            The rest is as in `__call__`.
+
+        Raises:
+            ValueError: a layout of another size or number of tokens, a selection of another shape or of no token at
+                all, and as `__call__`.
+        """
+        self._check_request(strength, "tokens")
+        labels = self.label_ids(class_labels)
+        if len(labels) == 1:
+            labels = labels * tokens.batch_size
+        if len(labels) != tokens.batch_size:
+            raise ValueError(f"There are {len(labels)} class labels for {tokens.batch_size} pictures.")
+        if isinstance(layout, Tensor):
+            layout = GPSTokens.from_geometry(layout, tokens.image_size, tokens.tile_grid, tokens.canvas_size)
+        for name in ("batch_size", "num_tokens", "image_size", "tile_grid", "canvas_size"):
+            ours, theirs = getattr(tokens, name), getattr(layout, name)
+            if ours != theirs:
+                raise ValueError(f"The tokens and their layout differ in {name}: {ours} and {theirs}.")
+        shape = (tokens.batch_size, tokens.num_tokens)
+        if selection is None:
+            selection = torch.ones(shape, dtype=torch.bool)
+        if selection.dtype != torch.bool or tuple(selection.shape) not in (shape, shape[1:]):
+            raise ValueError(
+                f"selection must be boolean with the shape {shape} or {shape[1:]}, got {selection.dtype} of "
+                f"{tuple(selection.shape)}."
+            )
+        if not selection.any():
+            raise ValueError("selection is empty: no token is to be generated. Select at least one.")
+        device = self._execution_device
+        tokens, layout = tokens.validate().to(device, torch.float32), layout.validate().to(device)
+        return self._regenerate_selected(
+            tokens,
+            layout.split_tiles()[0],
+            selection.to(device).expand(shape),
+            labels,
+            self._seeded(generator, len(labels))[0],
+            strength,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
 
     def _other_layout(
         self,
@@ -170,15 +243,6 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         generators = sample_generators(generator, count)
         return generators, sample_generators(generators, count)
 
-    @staticmethod
-    def _of_tiles(
-        tokens: GPSTokens, labels: Sequence[int], generators: Sequence[Generator]
-    ) -> tuple[list[int], list[Generator]]:
-        """Labels and generators of B pictures for each of their tiles; a picture's generator gives its tiles seeds."""
-        tiles = range(tokens.tile_grid[0] * tokens.tile_grid[1])
-        sources = [generator for generator in generators for _ in tiles]
-        return [label for label in labels for _ in tiles], sample_generators(sources, len(sources))
-
     # ------------------------------------------------------------------ noise and back
 
     def _regenerate(
@@ -191,6 +255,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         num_inference_steps: int,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
+        tokens_of: Callable[[Tensor], GPSTokens],
         callback_on_step_end: StepCallback | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
         kept: Tensor | None = None,
@@ -201,6 +266,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             data: (M, n, 5 + C) latents of tiles.
             layout: (M, n, 5).
             labels, generators: one for each tile, see `_of_tiles`.
+            tokens_of: as in `_sample`.
             kept: (M, n) bool, tokens that stay as they are. They go along the straight way between their noise and
                 their own latents, exactly, whatever the solver: the network sees them there at every evaluation, and
                 their velocity is that of this way.
@@ -224,9 +290,63 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             generators,
             mix_noise(data, noise, self._start_time(num_inference_steps, strength)),
             strength=strength,
+            tokens_of=tokens_of,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+
+    def _regenerate_selected(
+        self,
+        tokens: GPSTokens,
+        layout: Tensor,
+        selection: Tensor,
+        labels: Sequence[int],
+        generators: Sequence[Generator],
+        strength: float,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        callback_on_step_end: StepCallback | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> GPSTokens:
+        """Generates the tokens of B pictures that `selection` (B, N) names, for layouts (B tiles, n, 5).
+
+        Tiles without selected tokens stay out of it.
+        """
+        by_tile = selection.reshape(layout.shape[:2])
+        active = by_tile.any(dim=1)
+        labels, generators = (
+            [one for one, is_active in zip(of_tiles, active.tolist(), strict=True) if is_active]
+            for of_tiles in self._of_tiles(tokens, labels, generators)
+        )
+        latents = self._tile_latents(tokens, layout)
+
+        def tokens_of(drawn: Tensor) -> GPSTokens:
+            whole = latents.clone()
+            whole[active] = drawn
+            made = tokens.with_tiles(*self.transformer.from_latents(layout, whole))
+            # Latents and back rounds; what is kept is kept bit for bit.
+            return replace(
+                tokens,
+                geometry=torch.where(selection[..., None], made.geometry, tokens.geometry),
+                texture=torch.where(selection[..., None], made.texture, tokens.texture),
+            )
+
+        drawn = self._regenerate(
+            latents[active],
+            layout[active],
+            labels,
+            generators,
+            strength,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            tokens_of,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            kept=~by_tile[active],
+        )
+        return tokens_of(drawn)
 
     def _start_time(self, num_inference_steps: int, strength: float) -> float:
         """Flow time (0 is noise) of the first step that the scheduler takes at this strength."""
@@ -243,10 +363,6 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         if not 0 < strength <= 1:
             raise ValueError(f"strength must be greater than 0 and at most 1, got {strength!r}.")
 
-    def _merged(self, like: GPSTokens, geometry: Tensor, texture: Tensor) -> GPSTokens:
-        """Tokens of tiles as tokens of pictures of the same sizes."""
-        return GPSTokens.merge_tiles(geometry, texture, like.tile_grid, like.image_size, like.canvas_size)
-
     def _output(
         self, tokens: GPSTokens, layout: Tensor, output_type: str, return_dict: bool
     ) -> GPSTokenPipelineOutput | tuple:
@@ -254,7 +370,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (tokens,) if images is None else (images,)
-        layout = self._merged(tokens, layout, layout).geometry
+        layout = tokens.with_tiles(layout, layout).geometry
         return GPSTokenPipelineOutput(images=images, tokens=tokens, layout=layout)
 
 

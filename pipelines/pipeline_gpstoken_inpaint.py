@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -78,17 +77,10 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
         tokens, layout, labels = self._encode_with_labels(image, class_labels, num_tokens)
         chosen = self._chosen(tokens, mask, reach_sigmas)
         generators, _ = self._seeded(generator, len(labels))
-        # Tiles without chosen tokens stay out of it.
-        by_tile = chosen.reshape(layout.shape[:2])
-        active = by_tile.any(dim=1)
-        labels, generators = (
-            [one for one, is_active in zip(of_tiles, active.tolist(), strict=True) if is_active]
-            for of_tiles in self._of_tiles(tokens, labels, generators)
-        )
-        latents = self._tile_latents(tokens, layout)
-        latents[active] = self._regenerate(
-            latents[active],
-            layout[active],
+        tokens = self._regenerate_selected(
+            tokens,
+            layout,
+            chosen,
             labels,
             generators,
             strength,
@@ -97,14 +89,6 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
             guidance_interval,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-            kept=~by_tile[active],
-        )
-        made = self._merged(tokens, *self.transformer.from_latents(layout, latents))
-        # Latents and back rounds; what is kept is kept bit for bit.
-        tokens = replace(
-            tokens,
-            geometry=torch.where(chosen[..., None], made.geometry, tokens.geometry),
-            texture=torch.where(chosen[..., None], made.texture, tokens.texture),
         )
         return self._output(tokens, layout, output_type, return_dict)
 

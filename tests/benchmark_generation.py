@@ -34,7 +34,7 @@ def sample(pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, sampler: str,
     noise = draw_noise(generators, (layout.shape[1], 5 + pipe.transformer.config.texture_channels), layout.device)
     velocity = guided_velocity(pipe.texture_network(layout), labels, pipe.transformer.null_class, 1.0, (0.0, 1.0))
     scheduler, inference_steps = make_sampler(sampler, steps)
-    return integrate_flow(scheduler, velocity, noise, inference_steps, generators, on_step=lambda *step: step[-1])
+    return integrate_flow(scheduler, velocity, noise, inference_steps, generators, on_step=lambda *step: step[3])
 
 
 def quality(pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, all_steps: list[int]) -> None:

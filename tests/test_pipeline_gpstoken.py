@@ -196,7 +196,7 @@ def test_labels_by_number_and_name(pipe):
         ({"layout": torch.zeros(2, 0, 5)}, "shape"),
         ({"layout": real_layout(2), "num_tokens": 7}, "has 6 tokens, but num_tokens is 7"),
         ({"layout": torch.rand(3, 64, 32)}, "32 x 32 pixels, got 64 x 32"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "latents, got noise"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "latents, tokens, got noise"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):
