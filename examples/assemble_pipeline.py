@@ -37,18 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     autoencoder = AutoencoderGPSToken.from_pretrained(args.autoencoder)
-    config = autoencoder.config
     transformer = GPSTokenTransformerModel.from_pretrained(args.transformer)
     layout_model = GPSTokenLayoutModel.from_pretrained(args.layout_model) if args.layout_model else None
     pipe = GPSTokenPipeline(
         autoencoder=autoencoder,
         transformer=transformer,
         scheduler=make_sampler(args.sampler)[0],
-        image_processor=GPSTokenImageProcessor(
-            tile_size=config.sample_size,
-            num_tokens=transformer.config.num_tokens,
-            min_region_size=config.min_region_size,
-            entropy_exponent=config.entropy_exponent,
+        image_processor=GPSTokenImageProcessor.for_autoencoder(
+            autoencoder.config, num_tokens=transformer.config.num_tokens
         ),
         layout_model=layout_model,
         layout_scheduler=make_sampler(args.sampler)[0] if layout_model else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -14,8 +14,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
+from .ops.layouts import layout_from_mask
 from .ops.partition import partition_image
 from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
+from .tokens import GPSTokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ImageLike = Image.Image | np.ndarray | Tensor
 
@@ -67,6 +72,17 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         self.shortest_edge, self.center_crop, self.tile_size = shortest_edge, center_crop, tile_size
         self.num_tokens, self.min_region_size, self.entropy_exponent = num_tokens, min_region_size, entropy_exponent
         self.background = list(background)
+
+    @classmethod
+    def for_autoencoder(cls, config: Any, **overrides: Any) -> Self:
+        """The processor that goes with an autoencoder's configuration; `overrides` are arguments of the constructor."""
+        settings = {
+            "tile_size": config.sample_size,
+            "num_tokens": config.num_tokens,
+            "min_region_size": config.min_region_size,
+            "entropy_exponent": config.entropy_exponent,
+        }
+        return cls(**settings | overrides)
 
     # ------------------------------------------------------------------ pictures to tensors
 
@@ -133,6 +149,36 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             importance_strength=importance_strength,
         )
         return BatchFeature({"pixel_values": pixel_values, "regions": regions, "geometry": geometry})
+
+    def layout(self, images: ImageLike | Sequence[ImageLike], **kwargs: Any) -> GPSTokens:
+        """The initial Gaussians of pictures, without texture, in coordinates of the whole picture.
+
+        Arguments and errors as in [`preprocess`].
+        """
+        features = self(images, **kwargs)
+        return self._merged(features["geometry"], tuple(features["pixel_values"].shape[-2:]))
+
+    def layout_from_mask(
+        self, masks: ImageLike | Sequence[ImageLike], num_tokens: int | None = None, strength: float = 8.0
+    ) -> GPSTokens:
+        """Layouts that nobody's picture has: tokens where masks are bright, see [`layout_from_mask`].
+
+        Args:
+            masks: grey pictures or booleans, as `importance` of [`preprocess`].
+            num_tokens: tokens per tile; None takes the processor's number.
+            strength: density on the mask over density elsewhere, less one.
+        """
+        planes = self._fit_and_stack([_to_importance(mask) for mask in _as_list(masks)], "masks").clamp(0, 1)
+        size = tuple(planes.shape[-2:])
+        tiles = cut_tiles(pad_to_tiles(planes, self.tile_size), tile_grid_for(*size, self.tile_size))[:, 0]
+        count = self.num_tokens if num_tokens is None else num_tokens
+        partition = layout_from_mask(tiles, count, strength=strength, min_region_size=self.min_region_size)
+        return self._merged(partition.geometry, size)
+
+    def _merged(self, geometry: Tensor, size: tuple[int, int]) -> GPSTokens:
+        grid = tile_grid_for(*size, self.tile_size)
+        canvas = (grid[0] * self.tile_size, grid[1] * self.tile_size)
+        return GPSTokens.merge_tiles(geometry, torch.zeros_like(geometry[..., :1]), grid, size, canvas)
 
     @staticmethod
     def load_image(path: str | os.PathLike, background: Sequence[int] = (255, 255, 255)) -> Image.Image:

@@ -240,6 +240,31 @@ def duplicate_tokens(
     return _join(tokens, ~deleted_tokens(tokens), copies, _editable(tokens, selection))
 
 
+def exchange_tokens(tokens: GPSTokens, away: Tensor, sources: Sequence[int], geometry: Tensor) -> GPSTokens:
+    """Takes tokens away for good, and adds Gaussians that show what others show, those taken away among them.
+
+    Args:
+        tokens: B images.
+        away: (N,) or (B, N) bool, a selection.
+        sources: K indices of tokens of which the new ones have the textures and the tiles.
+        geometry: (K, 5), where the new ones lie in all images.
+
+    Returns: tokens in the order of [`duplicate_tokens`], of which each tile has as many places as the fullest one
+        needs; sigma >= 1e-5 and |rho| <= 1 - 1e-6 where they are new.
+    """
+    num_tiles = tokens.tile_grid[0] * tokens.tile_grid[1]
+    source = torch.tensor(sources, dtype=torch.long, device=tokens.device)
+    # Every tile is offered all of them, and takes its own.
+    belongs = source // tokens.tokens_per_tile == torch.arange(num_tiles, device=tokens.device)[:, None]
+    new = replace(
+        tokens,
+        geometry=bounded(geometry.to(tokens.device)).repeat(tokens.batch_size, num_tiles, 1),
+        texture=tokens.texture[:, source].repeat(1, num_tiles, 1),
+    )
+    keep = ~deleted_tokens(tokens) & ~_fitting(tokens, away)
+    return _join(tokens, keep, new, belongs.flatten().expand(tokens.batch_size, -1))
+
+
 def merge_tokens(outside: GPSTokens, inside: GPSTokens, mask: Tensor) -> GPSTokens:
     """Recomposes two pictures: tokens of `inside` whose centre lies in the mask, of `outside` elsewhere.
 
@@ -302,7 +327,7 @@ def _editable(tokens: GPSTokens, selection: Tensor) -> Tensor:
 
 def _by_tile(tokens: GPSTokens, values: Tensor) -> Tensor:
     """(B, N, ...) -> (B, tiles, n, ...)."""
-    return values.unflatten(1, (-1, tokens.tokens_per_tile))
+    return values.unflatten(1, (tokens.tile_grid[0] * tokens.tile_grid[1], tokens.tokens_per_tile))
 
 
 def _join(tokens: GPSTokens, keep: Tensor, others: GPSTokens, add: Tensor) -> GPSTokens:
@@ -363,3 +388,9 @@ def from_covariance_px(covariance: Tensor, center_px: Tensor, half: Tensor) -> T
     rho = covariance[..., 0, 1] / sigma.prod(dim=-1)
     rho = rho.clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION)
     return torch.cat([(sigma / half).clamp(min=MIN_SIGMA), rho[..., None], center_px / half - 1], dim=-1)
+
+
+def bounded(geometry: Tensor) -> Tensor:
+    """(..., 5) -> (..., 5) with sigma >= 1e-5 and |rho| <= 1 - 1e-6."""
+    sigma, rho = geometry[..., SIGMA].clamp(min=MIN_SIGMA), geometry[..., RHO, None]
+    return torch.cat([sigma, rho.clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION), geometry[..., CENTER]], dim=-1)

@@ -141,6 +141,11 @@ class GPSTokens:
         return self.texture.shape[2]
 
     @property
+    def is_layout(self) -> bool:
+        """Whether the texture is that of `from_geometry`: one channel of zeros. Waits for the device."""
+        return self.texture_channels == 1 and not self.texture.any()
+
+    @property
     def tokens_per_tile(self) -> int:
         """Tokens of one tile: N / (rows * columns)."""
         return self.num_tokens // (self.tile_grid[0] * self.tile_grid[1])

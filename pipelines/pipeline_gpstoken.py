@@ -228,10 +228,11 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> Tensor:
         """Draws layouts and calibrates them: each is the initial Gaussians of a partition of the whole picture.
 
-        Args as in `__call__`; `latents` are (B, N, 4).
+        Args as in `__call__`; `latents` are (B, N, 4), and the callback is called after each step of this stage.
 
         Returns: (B, N, 5) float32, on the layout model's device.
 
@@ -258,6 +259,7 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
             guidance_interval,
             generator,
             latents,
+            callback_on_step_end=callback_on_step_end,
         )
         config = self.autoencoder.config
         predicted = self.layout_model.from_latents(latents)

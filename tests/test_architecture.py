@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lower layers first; a file imports from its own layer or from lower ones.
 LAYERS = [
     ("safe_files", "safe_pickle", "ops", "assets", "tiling", "metrics", "distances", "convert", "layout_bank")
-    + ("tokens", "token_editing", "token_matching"),
+    + ("tokens", "token_editing", "token_matching", "layout_edits"),
     ("image_processor", "visualization"),
     ("models", "schedulers"),
     ("training", "pipelines"),

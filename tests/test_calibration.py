@@ -1,4 +1,4 @@
-"""Calibration: valid for any input, the least cost, real partitions unchanged, boxes, bad input."""
+"""Calibration: valid for any input, the least cost, real partitions unchanged, bad input."""
 
 from __future__ import annotations
 
@@ -12,72 +12,14 @@ import torch
 from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_judge import Box, assert_valid, halves_of, picture, sides
 from safetensors.numpy import load_file
 
-from gpstoken_diffusers.ops.calibration import calibrate_layout, layout_from_boxes
+from gpstoken_diffusers.ops.calibration import calibrate_layout
 from gpstoken_diffusers.ops.partition import Partition, initial_gaussians, max_tokens, partition_image
-
-Box = tuple[int, int, int, int]
-
-
-def picture(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """(B, H, W) noise of uneven strength, so that regions of many sizes occur."""
-    generator = torch.Generator().manual_seed(seed)
-    strength = torch.rand((batch, 1, 6, 6), generator=generator) ** 4
-    strength = torch.nn.functional.interpolate(strength, (height, width), mode="bilinear")[:, 0]
-    return (torch.rand((batch, height, width), generator=generator) * 2 - 1) * strength
-
-
-# ---- an independent judge of partitions ----
-
-
-def halves_of(box: Box, min_region_size: int) -> list[tuple[Box, Box]]:
-    """All ways in which the partition may cut a region: along the longer side, a square along either."""
-    x0, y0, x1, y1 = box
-    width, height = x1 - x0 + 1, y1 - y0 + 1
-    ways = []
-    if max(width, height) - 1 > min_region_size:
-        if width >= height:
-            ways.append(((x0, y0, x0 + width // 2 - 1, y1), (x0 + width // 2, y0, x1, y1)))
-        if height >= width:
-            ways.append(((x0, y0, x1, y0 + height // 2 - 1), (x0, y0 + height // 2, x1, y1)))
-    return ways
-
-
-def is_tree(leaves: frozenset[Box], box: Box, min_region_size: int) -> bool:
-    """Whether halving `box` again and again can give exactly these leaves."""
-    if leaves == {box}:
-        return True
-    for halves in halves_of(box, min_region_size):
-        inside = [
-            frozenset(b for b in leaves if h[0] <= b[0] and h[1] <= b[1] and b[2] <= h[2] and b[3] <= h[3])
-            for h in halves
-        ]
-        if sum(map(len, inside)) == len(leaves) and all(
-            part and is_tree(part, half, min_region_size) for part, half in zip(inside, halves, strict=True)
-        ):
-            return True
-    return False
-
-
-def assert_valid(partition: Partition, batch: int, num_tokens: int, height: int, width: int, smallest: int) -> None:
-    regions, geometry = partition
-    assert regions.shape == (batch, num_tokens, 4) and regions.dtype == torch.int32
-    assert geometry.dtype == torch.float32 and torch.equal(geometry, initial_gaussians(regions, height, width))
-    assert (geometry[..., :2] > 0).all() and (geometry[..., 2] == 0).all()
-    for layout in regions.tolist():
-        covered = np.zeros((height, width), np.int32)
-        for x0, y0, x1, y1 in layout:
-            assert 0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height
-            covered[y0 : y1 + 1, x0 : x1 + 1] += 1
-        assert (covered == 1).all()
-        leaves = frozenset(map(tuple, layout))
-        assert len(leaves) == num_tokens and is_tree(leaves, (0, 0, width - 1, height - 1), smallest)
-
 
 # ---- any input gives a valid partition ----
 
-sides = st.one_of(st.sampled_from((8, 16, 32, 64, 128)), st.integers(2, 150))
 sigmas = st.sampled_from((1e-9, 10.0, 0.01, 0.1, 0.5, -1.0, 0.0, 1e30))
 centers = st.sampled_from((-1.0, 1.0, 0.0, -7.0, 1e30, 0.3, -0.99))
 
@@ -308,62 +250,6 @@ def test_gpu_layout():
     found, expected = calibrate_layout(layout.cuda()), calibrate_layout(layout)
     assert found.regions.is_cuda and found.geometry.is_cuda
     assert torch.equal(found.regions.cpu(), expected.regions)
-
-
-# ---- boxes ----
-
-
-def counts_inside(partition: Partition, box: Box) -> int:
-    x, y = (partition.regions[0, :, :2] + partition.regions[0, :, 2:]).div(2).unbind(-1)
-    return int(((x >= box[0]) & (x <= box[2]) & (y >= box[1]) & (y <= box[3])).sum())
-
-
-def test_boxes_of_a_partition():
-    partition = partition_image(picture(1, 96, 200), 40)
-    found = layout_from_boxes(partition.regions[0], 40, image_size=(96, 200))
-    assert torch.equal(found.regions, partition.regions)
-
-
-@pytest.mark.parametrize("num_tokens", (64, 128, 256))
-def test_small_boxes_draw_tokens(num_tokens):
-    face, body = (96, 96, 127, 127), (64, 128, 191, 255)
-    found = layout_from_boxes([face, body], num_tokens)
-    assert_valid(found, 1, num_tokens, 256, 256, 8)
-    in_face, in_body = counts_inside(found, face), counts_inside(found, body)
-    assert 12 <= in_face <= 16  # 16 fit
-    assert in_face / 32**2 > in_body / 128**2 > (num_tokens - in_face - in_body) / (256**2 - 128**2)
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_any_boxes(data):
-    height, width = data.draw(sides), data.draw(sides)
-    num_tokens = data.draw(st.integers(1, min(max_tokens(height, width), 100)))
-    boxes = []
-    for _ in range(data.draw(st.integers(1, 12))):
-        x = sorted(data.draw(st.tuples(*[st.integers(0, width - 1)] * 2)))
-        y = sorted(data.draw(st.tuples(*[st.integers(0, height - 1)] * 2)))
-        boxes.append((x[0], y[0], x[1], y[1]))
-    assert_valid(layout_from_boxes(boxes, num_tokens, image_size=(height, width)), 1, num_tokens, height, width, 8)
-
-
-@pytest.mark.parametrize(
-    ("boxes", "words"),
-    (
-        ([], "at least one box"),
-        ([1, 2, 3, 4], r"\(K, 4\).*got \(4,\)"),
-        ([[1, 2, 3]], r"got \(1, 3\)"),
-        ([[0, 0, 9, 9], [0, 0, 256, 9]], "box 1 is .*x1 <= 255"),
-        ([[0, -1, 9, 9]], "box 0 is .*-1"),
-        ([[9, 0, 5, 9]], "box 0 is"),
-        ([[0, 9, 5, 8]], "box 0 is"),
-        ([[0, 0, 5, float("nan")]], "nan"),
-        ([[0, 0, float("inf"), 5]], "inf"),
-    ),
-)
-def test_bad_boxes(boxes, words):
-    with pytest.raises(ValueError, match=words):
-        layout_from_boxes(boxes, 64)
 
 
 # ---- bad input ----

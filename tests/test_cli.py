@@ -249,6 +249,31 @@ def test_decode_modes_and_formats(model_folder, tmp_path):
     assert np.array_equal(pictures["default.webp"], pictures["tile.png"])  # the model's own mode; webp is lossless
 
 
+def test_decode_at_another_size(model_folder, tmp_path, capsys):
+    tokens = tmp_path / "t.safetensors"
+    run("encode", photo(tmp_path / "photo.png"), "-o", tokens, "--model", model_folder)
+    plain = ("decode", tokens, "-o", tmp_path / "p.png", "--model", model_folder)
+    for extra, size in {
+        ("--width", 112): (112, 80),  # one alone keeps the ratio of 56 x 40
+        ("--height", 20): (28, 20),
+        ("--width", 30, "--height", 50): (30, 50),
+        ("--width", 1): (1, 1),
+        (): (56, 40),
+    }.items():
+        assert run(*plain, *extra) == 0
+        assert Image.open(tmp_path / "p.png").size == size
+    assert "56 x 40 px" in capsys.readouterr().out
+    assert run(*plain, "--height", 80) == 0
+    with torch.no_grad():
+        model = AutoencoderGPSToken.from_pretrained(model_folder)
+        sample = model.decode(GPSTokens.load(tokens), size=(80, 112)).sample
+    expected = GPSTokenImageProcessor().postprocess(sample)[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "p.png")), np.asarray(expected))
+    assert run(*plain, "--width", 0) == 1
+    assert "--width 0: a picture has at least 1 pixel" in capsys.readouterr().err
+    assert run(*plain, "--width", 1.5) == 2
+
+
 def test_decode_warns_of_another_models_tokens(model_folder, tmp_path, capsys):
     other = tmp_path / "other"
     tiny_model("map", seed=1).save_pretrained(other)  # no preprocessor_config.json: the configuration will do

@@ -12,3 +12,6 @@ MINI = MINI_PIPELINE / "autoencoder"
 
 DEMO_PHOTOGRAPH = _HERE / "demo.jpg"
 """A kingfisher, 768 x 512 px; no model was trained on it."""
+
+EXAMPLE_PICTURES = {"kingfisher": DEMO_PHOTOGRAPH, "duck": _HERE / "duck.png", "honey pot": _HERE / "honey_pot.png"}
+"""Pictures to try things on: that photograph, and two emoji of 256 x 256 px, transparent, no model saw them either."""

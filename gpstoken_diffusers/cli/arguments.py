@@ -22,6 +22,7 @@ _DECODE = """\
 examples:
   gpstoken decode photo.safetensors -o photo.png
   gpstoken decode photo.safetensors -o photo.png --mode tile
+  gpstoken decode photo.safetensors -o large.png --width 2048
 """
 _RECONSTRUCT = """\
 Every picture x.jpg becomes OUT/x.jpg.png; OUT/metrics.csv and OUT/metrics.json hold PSNR, SSIM, size,
@@ -58,6 +59,13 @@ _DEMO = """\
 examples:
   gpstoken demo
   gpstoken demo -o somewhere --num-tokens 64
+"""
+_COMFYUI_INSTALL = """\
+Copies the nodes, their help and example workflows to PATH/custom_nodes/gpstoken_diffusers_nodes; running it
+again replaces them. Use the Python that ComfyUI runs in, and do it again after each upgrade of the package.
+
+examples:
+  gpstoken comfyui install ~/ComfyUI
 """
 _TOP = """\
 examples:
@@ -111,6 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("tokens", metavar="TOKENS", type=Path, help="file that `gpstoken encode` wrote")
     _output(decode, "picture to write; its suffix chooses the format")
     _mode(decode)
+    for side in ("width", "height"):
+        decode.add_argument(
+            f"--{side}",
+            metavar="PX",
+            type=int,
+            help=f"{side} of the picture; one of the two keeps the ratio (default: the encoded picture's size)",
+        )
     _model_options(decode)
 
     summary = "a picture or a folder of pictures through the model and back, with metrics"
@@ -173,6 +188,12 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     convert.add_argument("--overwrite", action="store_true", help="replace a folder that convert wrote before")
     _common(convert)
+
+    comfyui = commands.add_parser("comfyui", help="nodes for ComfyUI", description="Nodes for ComfyUI.")
+    actions = comfyui.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    install = _command(actions, "install", "comfyui", "put the nodes into a ComfyUI", _COMFYUI_INSTALL)
+    install.add_argument("path", metavar="PATH", type=Path, help="ComfyUI's folder, the one with custom_nodes in it")
+    _common(install)
 
     summary = "which native libraries exist, which one each operation uses, how to get faster ones"
     _common(_command(commands, "doctor", "doctor", summary))

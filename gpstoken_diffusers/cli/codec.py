@@ -82,13 +82,17 @@ class Codec:
         )
 
     @torch.inference_mode()
-    def decode(self, tokens: GPSTokens, mode: str | None = None) -> Image.Image:
+    def decode(
+        self, tokens: GPSTokens, mode: str | None = None, size: tuple[int, int] | None = None
+    ) -> Image.Image:
         """The picture that tokens stand for (the first, if there are several), rounded to 8 bits.
+
+        size: (height, width) in pixels; None is the picture's own.
 
         Raises:
             ValueError: tokens that do not fit the model.
         """
-        sample = self.model.decode(tokens[0].to(self.model.device, self.model.dtype), mode=mode).sample
+        sample = self.model.decode(tokens[0].to(self.model.device, self.model.dtype), mode=mode, size=size).sample
         return self.processor.postprocess(sample)[0]
 
     def check_num_tokens(self, num_tokens: int | None) -> None:
@@ -139,13 +143,7 @@ def processor_for(model: AutoencoderGPSToken, path: Path) -> GPSTokenImageProces
     """The processor that lies beside the model, or one with the settings of the model's configuration."""
     if (path / "preprocessor_config.json").is_file():
         return GPSTokenImageProcessor.from_pretrained(path)
-    config = model.config
-    return GPSTokenImageProcessor(
-        tile_size=config.sample_size,
-        num_tokens=config.num_tokens,
-        min_region_size=config.min_region_size,
-        entropy_exponent=config.entropy_exponent,
-    )
+    return GPSTokenImageProcessor.for_autoencoder(model.config)
 
 
 def quality(original: Image.Image, picture: Image.Image) -> dict[str, float | None]:

@@ -62,6 +62,10 @@ def encode(args: argparse.Namespace) -> int:
 
 def decode(args: argparse.Namespace) -> int:
     """A tokens file to a picture."""
+    for name in ("width", "height"):
+        side = getattr(args, name)
+        if side is not None and side < 1:
+            raise ValueError(f"--{name} {side}: a picture has at least 1 pixel along each axis.")
     check_picture_suffix(args.output)
     prepare_file(args.output, args.tokens)
     tokens = GPSTokens.load(args.tokens)
@@ -74,7 +78,7 @@ def decode(args: argparse.Namespace) -> int:
             "%s was encoded by %s, and is decoded by %s: if the weights differ, the picture will be wrong.",
             args.tokens, maker, codec.name,
         )  # fmt: skip
-    picture = codec.decode(tokens, args.mode)
+    picture = codec.decode(tokens, args.mode, _size(tokens.image_size, args.height, args.width))
     write_picture(picture, args.output)
     if not args.quiet:
         print(f"{args.output}: {picture.width} x {picture.height} px")
@@ -93,6 +97,17 @@ def panel(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"{args.output}: {summary}")
     return 0
+
+
+def _size(own: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int] | None:
+    """(height, width) of a picture of the size `own` where a user gave both, one or neither."""
+    if height is None and width is None:
+        return None
+    if height is None:
+        height = max(1, round(own[0] * width / own[1]))
+    if width is None:
+        width = max(1, round(own[1] * height / own[0]))
+    return height, width
 
 
 def _panel(encoded: Encoded, picture: Image.Image, footer: str, style: str) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,20 +15,14 @@ from torch import Tensor
 
 from .. import convert
 from ..ops.partition import initial_gaussians, partition_image
-from ..ops.splat import splat_gaussians
-from ..tiling import cut_tiles, join_tiles, pad_to_tiles, tile_grid_for
+from ..tiling import cut_tiles, pad_to_tiles, tile_grid_for
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
+from .decoding import DecodingMixin
 from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
 from .refinement import GaussianRefiner
 from .stem import ImageStem
-
-# Tiles that pass through the networks at once when an image has several, and the side, in tiles, of the window that a
-# merged or a local decoding covers at once. Together they bound the memory, whatever the image's size.
-TILES_AT_ONCE = 4
-MERGED_WINDOW_TILES = 4
-LOCAL_WINDOW_TILES = 2
 
 
 @dataclass
@@ -47,12 +40,15 @@ class AutoencoderGPSTokenOutput(BaseOutput):
     regions: Tensor
 
 
-class AutoencoderGPSToken(SingleFileLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderGPSToken(
+    DecodingMixin, SingleFileLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin
+):
     r"""The GPSToken autoencoder (arXiv 2509.01109): an image becomes N Gaussians with a texture vector each.
 
     A greedy entropy-driven partition places the Gaussians, a transformer refines them and reads their texture, a
     splatting renderer paints them onto a feature map, a convolutional decoder makes the picture. Images larger than
     `sample_size` are cut into tiles whose tokens merge into one set; other sizes are padded and cropped back.
+    Decoding is in `models/decoding.py`.
 
     Args:
         in_channels, out_channels: image channels.
@@ -157,8 +153,6 @@ class AutoencoderGPSToken(SingleFileLoadingMixin, ModelMixin, AttentionMixin, Au
             raise ValueError(f'decoder_type must be "map" or "lattice", got {decoder_type!r}.')
         self.use_slicing = False
         self.use_tiling = False
-
-    # ------------------------------------------------------------------ encode
 
     @apply_forward_hook
     def encode(
@@ -270,130 +264,6 @@ class AutoencoderGPSToken(SingleFileLoadingMixin, ModelMixin, AttentionMixin, Au
         device = tiles.device
         return regions.to(device), geometry.to(device, torch.float32)
 
-    # ------------------------------------------------------------------ decode
-
-    @apply_forward_hook
-    def decode(
-        self, tokens: GPSTokens | Tensor, *, mode: str | None = None, return_dict: bool = True
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Turns tokens into images.
-
-        Args:
-            tokens: the tokens, or a tensor (B, N, 5 + texture_channels) that stands for images of one tile.
-            mode: "merge" or "tile" for images of several tiles, see the class; None takes the configured one, or
-                "tile" after `enable_tiling()`.
-            return_dict: whether to return a `DecoderOutput` or a tuple.
-
-        Returns: `sample` (B, out_channels, H, W) around [-1, 1], not clamped.
-
-        Raises ValueError: another number of texture channels, a canvas that is not whole tiles, or an unknown mode.
-        """
-        config = self.config
-        if isinstance(tokens, Tensor):
-            tokens = GPSTokens.from_tensor(tokens, (config.sample_size, config.sample_size))
-        if tokens.texture_channels != config.texture_channels:
-            raise ValueError(
-                f"This model's tokens have {config.texture_channels} texture channels, these have "
-                f"{tokens.texture_channels}. They come from another model."
-            )
-        mode = mode or ("tile" if self.use_tiling else config.decode_mode)
-        if mode not in ("merge", "tile"):
-            raise ValueError(f'mode must be "merge" or "tile", got {mode!r}.')
-        rows, cols = tokens.tile_grid
-        if tokens.canvas_size != (rows * config.sample_size, cols * config.sample_size):
-            raise ValueError(
-                f"A canvas of {rows} x {cols} tiles of this model has {rows * config.sample_size} x "
-                f"{cols * config.sample_size} pixels, the tokens have {tokens.canvas_size}."
-            )
-        canvas = self._decode_local(tokens) if config.decoder_type == "lattice" else self._decode_map(tokens, mode)
-        sample = canvas[..., : tokens.image_size[0], : tokens.image_size[1]]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def render(self, tokens: GPSTokens) -> Tensor:
-        """Splats texture onto the feature map of the whole canvas; for `decoder_type="map"`.
-
-        Returns: (B, texture_channels, rows map_size, cols map_size) in the tokens' dtype, accumulated in float32.
-        """
-        height, width = (tiles * self.config.map_size for tiles in tokens.tile_grid)
-        return splat_gaussians(tokens.geometry, tokens.texture, height, width, self.config.support)
-
-    def _decode_map(self, tokens: GPSTokens, mode: str) -> Tensor:
-        if mode == "tile" or tokens.tile_grid == (1, 1):
-            geometry, texture = tokens.split_tiles()
-            size = (self.config.sample_size, self.config.sample_size)
-            tiles = []
-            for chunk in self._chunks(len(geometry), tokens.tile_grid):
-                feature_map = self.render(GPSTokens(geometry[chunk], texture[chunk], size))
-                tiles.append(self.decoder(feature_map.to(self.dtype, memory_format=torch.channels_last)))
-            return join_tiles(torch.cat(tiles), tokens.tile_grid)
-        rows, cols = tokens.tile_grid
-        if max(rows, cols) <= MERGED_WINDOW_TILES + 2:
-            feature_map = self.render(tokens).to(self.dtype, memory_format=torch.channels_last)
-            return self.decoder(feature_map, tokens.tile_grid)
-        return self._decode_merged_windows(tokens)
-
-    def _decode_merged_windows(self, tokens: GPSTokens) -> Tensor:
-        """Merged decoding of a large canvas, a window of tiles at a time with one tile around it.
-
-        Statistics of distant tiles do not reach a window, so this is not bit for bit what one pass would give, but its
-        memory does not grow with the image.
-        """
-        rows, cols = tokens.tile_grid
-        tile = self.config.sample_size
-        map_tile = self.config.map_size
-        feature_map = self.render(tokens)
-        canvas = feature_map.new_empty(
-            (tokens.batch_size, self.config.out_channels, rows * tile, cols * tile), dtype=self.dtype
-        )
-        for row in range(0, rows, MERGED_WINDOW_TILES):
-            for col in range(0, cols, MERGED_WINDOW_TILES):
-                bottom, right = min(row + MERGED_WINDOW_TILES, rows), min(col + MERGED_WINDOW_TILES, cols)
-                top_halo, left_halo = max(row - 1, 0), max(col - 1, 0)
-                bottom_halo, right_halo = min(bottom + 1, rows), min(right + 1, cols)
-                window = feature_map[
-                    ..., top_halo * map_tile : bottom_halo * map_tile, left_halo * map_tile : right_halo * map_tile
-                ]
-                grid = (bottom_halo - top_halo, right_halo - left_halo)
-                picture = self.decoder(window.to(self.dtype, memory_format=torch.channels_last), grid)
-                top, left = (row - top_halo) * tile, (col - left_halo) * tile
-                canvas[..., row * tile : bottom * tile, col * tile : right * tile] = picture[
-                    ..., top : top + (bottom - row) * tile, left : left + (right - col) * tile
-                ]
-        return canvas
-
-    def _decode_local(self, tokens: GPSTokens) -> Tensor:
-        """Decodes with the lattice decoder: painted once, convolved window by window where the canvas is large."""
-        decoder, (rows, cols) = self.decoder, tokens.tile_grid
-        map_size = self.config.map_size
-        parts = []
-        for chunk in self._chunks(tokens.batch_size, (1, 1)):
-            geometry, texture = tokens.geometry[chunk], tokens.texture[chunk].to(self.dtype)
-            if rows * cols <= TILES_AT_ONCE:
-                parts.append(decoder(geometry, texture, (rows * map_size, cols * map_size)))
-            else:
-                parts.append(self._decode_local_windows(geometry, texture, tokens.tile_grid))
-        return torch.cat(parts)
-
-    def _decode_local_windows(self, geometry: Tensor, texture: Tensor, tile_grid: tuple[int, int]) -> Tensor:
-        """Window by window with as much of the map around it as the convolutions look at: the same picture."""
-        decoder, (rows, cols) = self.decoder, tile_grid
-        height, width = rows * self.config.map_size, cols * self.config.map_size
-        halo, upscale, side = decoder.receptive_px, decoder.upscale, LOCAL_WINDOW_TILES * self.config.map_size
-        feature_map = decoder.paint(geometry, texture, (height, width)).to(self.dtype)
-        canvas = feature_map.new_empty(len(geometry), self.config.out_channels, height * upscale, width * upscale)
-        for top in range(0, height, side):
-            for left in range(0, width, side):
-                bottom, right = min(top + side, height), min(left + side, width)
-                y0, x0 = max(top - halo, 0), max(left - halo, 0)
-                window = feature_map[..., y0 : bottom + halo, x0 : right + halo]
-                picture = decoder.render(window.contiguous(memory_format=torch.channels_last))
-                canvas[..., top * upscale : bottom * upscale, left * upscale : right * upscale] = picture[
-                    ...,
-                    (top - y0) * upscale : (bottom - y0) * upscale,
-                    (left - x0) * upscale : (right - x0) * upscale,
-                ]
-        return canvas
-
     def forward(
         self,
         sample: Tensor,
@@ -416,11 +286,3 @@ class AutoencoderGPSToken(SingleFileLoadingMixin, ModelMixin, AttentionMixin, Au
             noise = torch.randn_like(texture) * texture.detach().std(dim=(0, 1))
             tokens = replace(tokens, texture=texture + share * noise)
         return self.decode(tokens, return_dict=return_dict)
-
-    def _chunks(self, count: int, tile_grid: tuple[int, int]) -> Iterator[slice]:
-        """Splits a batch of tiles: all at once for images of one tile, a few at a time for larger ones."""
-        if self.use_slicing:
-            step = 1
-        else:
-            step = count if tile_grid == (1, 1) else TILES_AT_ONCE
-        return (slice(start, start + step) for start in range(0, count, step))

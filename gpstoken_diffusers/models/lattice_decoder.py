@@ -10,6 +10,8 @@ from ..ops.splat import splat_gaussians
 from ..tokens import CENTER, RHO, SIGMA
 from .attention import FeedForward, autocast_disabled
 
+Size = tuple[int, int]  # height, width
+
 # A region reaches 1.5 sigma from its centre (its initial sigma is a third of its extent), so the lattice does too.
 REACH_SIGMAS = 1.5
 # Blur of a lattice point, in pixels of the map: below half a pixel a Gaussian would fall between the samples.
@@ -58,15 +60,18 @@ def map_geometry(geometry: Tensor, image_size: tuple[int, int], map_size: tuple[
     [-1, 1] runs between the centres of the first and last *sample*, so it means different places for an image and for
     its map: image pixel p lies at map position (p + 1/2) / f - 1/2, f pixels to a map pixel.
 
+    The map may also be finer than the image, or another map: only the ratio of the sizes counts.
+
     Args and returns: geometry (..., 5) float32; sizes as (height, width).
     """
     scale, shift = [], []
     for image, samples in zip(reversed(image_size), reversed(map_size), strict=True):  # x, then y
         factor = image / samples
-        # x_map = 2 m / (samples - 1) - 1 with m = ((x + 1) / 2 (image - 1) + 1/2) / factor - 1/2
+        # x_map = 2 m / (samples - 1) - 1 with m = ((x + 1) / 2 (image - 1) + 1/2) / factor - 1/2; a single sample
+        # lies at 0, and is taken to be 2 wide.
         span = max(samples - 1, 1)
         scale.append((image - 1) / factor / span)
-        shift.append(((image - 1) / factor + 1 / factor - 1) / span - 1)
+        shift.append(((image - 1) / factor + 1 / factor - 1) / span - (1 if samples > 1 else 0))
     scale_xy, shift_xy = geometry.new_tensor(scale), geometry.new_tensor(shift)
     sigma = geometry[..., SIGMA] * scale_xy
     center = geometry[..., CENTER] * scale_xy + shift_xy
@@ -120,7 +125,7 @@ class LatticeDecoder(nn.Module):
         upscale: image pixels per map pixel along each axis, even.
         support: reach of a painted Gaussian, in sigmas.
 
-    Shapes: geometry (B, N, 5) in image coordinates, texture (B, N, in_channels), map size (h, w)
+    Shapes: geometry (B, N, 5) in image coordinates, texture (B, N, in_channels), map size (h, w), see [`paint`]
     -> picture (B, out_channels, h upscale, w upscale).
     """
 
@@ -155,13 +160,19 @@ class LatticeDecoder(nn.Module):
         fine = 1 + 2 * len(self.fine_blocks)
         return coarse + (fine + 1) // 2
 
-    def paint(self, geometry: Tensor, texture: Tensor, map_size: tuple[int, int]) -> Tensor:
-        """Splats the tokens' lattices: -> (B, lattice_channels + 1, h, w) float32, the last is log weight."""
+    def paint(
+        self, geometry: Tensor, texture: Tensor, map_size: Size, canvas_size: Size | None = None
+    ) -> Tensor:
+        """Splats the tokens' lattices: -> (B, lattice_channels + 1, h, w) float32, the last is log weight.
+
+        canvas_size: (height, width) in pixels of the canvas whose coordinates the geometry is in, where the map is
+            not to show it at its own size; None is the size of the picture that the map gives.
+        """
         height, width = map_size
-        image_size = (height * self.upscale, width * self.upscale)
+        image_size = (height * self.upscale, width * self.upscale) if canvas_size is None else canvas_size
         geometry = map_geometry(geometry.float(), image_size, map_size)
         # Shape in units of map pixels, so that a token means the same in an image of any size.
-        pixels = geometry.new_tensor([(width - 1) / 2, (height - 1) / 2])
+        pixels = geometry.new_tensor([max(width - 1, 1) / 2, max(height - 1, 1) / 2])
         shape = torch.cat([torch.log2(geometry[..., SIGMA] * pixels), geometry[..., RHO : RHO + 1]], dim=-1)
         features = self.unfold_texture(torch.cat([texture, shape.to(texture.dtype)], dim=-1))
         with autocast_disabled(features):
@@ -180,8 +191,10 @@ class LatticeDecoder(nn.Module):
         x = self._run(self.fine_blocks, x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.upscale // 2)
 
-    def forward(self, geometry: Tensor, texture: Tensor, map_size: tuple[int, int]) -> Tensor:
-        feature_map = self.paint(geometry, texture, map_size)
+    def forward(
+        self, geometry: Tensor, texture: Tensor, map_size: Size, canvas_size: Size | None = None
+    ) -> Tensor:
+        feature_map = self.paint(geometry, texture, map_size, canvas_size)
         dtype = self.conv_in.weight.dtype
         return self.render(feature_map.to(dtype, memory_format=torch.channels_last))
 

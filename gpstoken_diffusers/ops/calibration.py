@@ -1,4 +1,4 @@
-"""Calibration of layouts: the partition nearest to predicted Gaussians, or to boxes that a user drew.
+"""Calibration of layouts: the partition nearest to predicted Gaussians.
 
 A generator of layouts predicts Gaussians that belong to no partition: they overlap and leave gaps. The encoder and
 the second stage know only Gaussians of real partitions. `calibrate_layout` goes back to those, and always arrives.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import heapq
 import operator
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from gpstoken_diffusers.ops.partition import Partition, initial_gaussians, max_tokens
 
-__all__ = ["calibrate_layout", "layout_from_boxes"]
+__all__ = ["calibrate_layout", "check_num_tokens", "checked_sides"]
 
 LAYOUTS_AT_ONCE = 16  # their tables take about 0.3 MB each at 256 px
 PAIRS_AT_ONCE = 1 << 18  # (region, prediction) pairs: 2 MB of float64, which stays in a processor's cache
@@ -252,10 +251,10 @@ def calibrate_layout(
             f"geometry: expected finite numbers, but in row {row} of layout {layout} "
             f"(sigma_x, sigma_y, rho, x, y) is ({numbers}). Look for the cause in what predicted it."
         )
-    height, width = _sides(image_size)
+    height, width = checked_sides(image_size)
     min_region_size = operator.index(min_region_size)
     num_tokens = geometry.shape[1] if num_tokens is None else operator.index(num_tokens)
-    _check_num_tokens(num_tokens, height, width, min_region_size)
+    check_num_tokens(num_tokens, height, width, min_region_size)
 
     family = _family(height, width, min(min_region_size, max(height, width)))
     regions = np.empty((len(predicted), num_tokens, 4), np.int32)
@@ -270,81 +269,15 @@ def calibrate_layout(
     return Partition(found.to(geometry.device), initial_gaussians(found, height, width).to(geometry.device))
 
 
-def layout_from_boxes(
-    boxes_px: torch.Tensor | np.ndarray | Sequence[Sequence[float]],
-    num_tokens: int,
-    *,
-    image_size: tuple[int, int] = (256, 256),
-    min_region_size: int = 8,
-) -> Partition:
-    """A partition after boxes that a user drew in one image: tokens concentrate where the boxes are small.
-
-    Each box stands for one token, like a region. With fewer boxes than tokens, all boxes and the whole image as one
-    more are halved, as regions are, until there are enough; each gives as many pieces as the others as far as it can
-    be halved, so those of small boxes are small. `calibrate_layout` then finds the nearest partition. Boxes may
-    overlap and leave gaps.
-
-    Args:
-        boxes_px: (K, 4) x0, y0, x1, y1 in pixels, the last ones inclusive: 0 <= x0 <= x1 <= width - 1, y likewise.
-        num_tokens: regions wanted, from 1 to `max_tokens(height, width, min_region_size)`.
-        image_size: (height, width) in pixels, at least 2 x 2.
-        min_region_size: px, at least 2; as in `partition_image`.
-
-    Returns:
-        Partition of one layout (B = 1) on the CPU.
-
-    Raises:
-        ValueError: no box, boxes of another shape, outside the image, upside down or not finite, or sizes outside
-            the above.
-        TypeError: sizes that are not integers.
-    """
-    height, width = _sides(image_size)
-    num_tokens, min_region_size = operator.index(num_tokens), operator.index(min_region_size)
-    _check_num_tokens(num_tokens, height, width, min_region_size)
-    boxes = torch.as_tensor(boxes_px).detach().cpu().double()
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) == 0:
-        raise ValueError(f"boxes_px: expected at least one box, (K, 4) x0, y0, x1, y1, got {tuple(boxes.shape)}.")
-    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-        if not (0 <= x0 <= x1 <= width - 1 and 0 <= y0 <= y1 <= height - 1):  # NaN fails this too
-            raise ValueError(
-                f"boxes_px: box {i} is ({x0:g}, {y0:g}, {x1:g}, {y1:g}), but an image of {height} x {width} px "
-                f"takes 0 <= x0 <= x1 <= {width - 1} and 0 <= y0 <= y1 <= {height - 1} (pixels, the last ones "
-                "inclusive)."
-            )
-    if len(boxes) < num_tokens:
-        boxes = _halved_boxes(boxes, num_tokens, height, width, min_region_size)
-    predicted = initial_gaussians(boxes, height, width)[None]
-    return calibrate_layout(predicted, num_tokens, image_size=image_size, min_region_size=min_region_size)
-
-
-def _halved_boxes(boxes: torch.Tensor, count: int, height: int, width: int, min_region_size: int) -> torch.Tensor:
-    """(M, 4) pieces of boxes (K, 4) and of the image itself: `count`, shared evenly, or all that there can be."""
-    image = (0.0, 0.0, width - 1.0, height - 1.0)
-    pieces = [[tuple(box)] for box in [*boxes.tolist(), image]]  # of each box, the pieces in order of making
-    divisible = list(pieces)
-    while divisible and sum(map(len, pieces)) < count:
-        fewest = min(divisible, key=len)
-        x0, y0, x1, y1 = fewest[0]  # the oldest is the largest, but for a pixel of odd lengths
-        if max(x1 - x0, y1 - y0) <= min_region_size:
-            divisible = [box for box in divisible if box is not fewest]
-        elif x1 - x0 > y1 - y0:
-            middle = x0 + (x1 - x0 + 1) // 2
-            del fewest[0]
-            fewest += [(x0, y0, middle - 1, y1), (middle, y0, x1, y1)]
-        else:
-            middle = y0 + (y1 - y0 + 1) // 2
-            del fewest[0]
-            fewest += [(x0, y0, x1, middle - 1), (x0, middle, x1, y1)]
-    return torch.tensor([piece for box in pieces for piece in box], dtype=torch.float64)
-
-
-def _sides(image_size: tuple[int, int]) -> tuple[int, int]:
+def checked_sides(image_size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) as ints. Raises TypeError for anything else."""
     if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
         raise TypeError(f"image_size: expected two integers (height, width), got {image_size!r}.")
     return operator.index(image_size[0]), operator.index(image_size[1])
 
 
-def _check_num_tokens(num_tokens: int, height: int, width: int, min_region_size: int) -> None:
+def check_num_tokens(num_tokens: int, height: int, width: int, min_region_size: int) -> None:
+    """Raises ValueError for a number of tokens that an image of height x width pixels cannot be divided into."""
     largest = max_tokens(height, width, min_region_size)
     if not 1 <= num_tokens <= largest:
         raise ValueError(
