@@ -1,0 +1,146 @@
+"""Pictures to tokens, and tokens to pictures."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from .images import fitting_mask, from_image, to_image
+from .sockets import GPSLayoutSocket, GPSTokensSocket, model_input
+
+
+def num_tokens_input(default: int) -> io.Input:
+    """Tokens per tile."""
+    return io.Int.Input(
+        "num_tokens",
+        default=default,
+        min=1,
+        max=4096,
+        tooltip="Tokens for each 256 x 256 px of the picture. More of them keep more detail.",
+    )
+
+
+def importance_inputs() -> list[io.Input]:
+    """A mask that draws tokens, and how strongly."""
+    return [
+        io.Mask.Input(
+            "importance", optional=True, tooltip="Draws tokens to where it is bright. It has the picture's size."
+        ),
+        io.Float.Input(
+            "importance_strength",
+            default=4.0,
+            min=0.0,
+            max=1000.0,
+            step=0.5,
+            optional=True,
+            tooltip="How strongly: at 1, a pixel of the mask brings as much as an average pixel's own detail.",
+        ),
+    ]
+
+
+def partition_arguments(image, num_tokens, importance, importance_strength) -> dict:
+    """What the image processor takes, from the inputs of a node."""
+    arguments = {"num_tokens": num_tokens}
+    if importance is not None:
+        mask = fitting_mask(importance, len(image), tuple(image.shape[1:3]))
+        arguments |= {"importance": list(mask), "importance_strength": importance_strength}
+    return arguments
+
+
+class GPSEncode(io.ComfyNode):
+    """Pictures to tokens."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GPSEncode",
+            display_name="GPS Encode",
+            category="GPSToken",
+            description="Turns a picture into Gaussian tokens: where each lies, how large it is, and what it shows.",
+            inputs=[
+                model_input(),
+                io.Image.Input("image", tooltip="Pictures of any size; large ones are cut into tiles."),
+                num_tokens_input(256),
+                *importance_inputs(),
+            ],
+            outputs=[
+                GPSTokensSocket.Output("tokens_out", display_name="tokens", tooltip="Refined Gaussians with texture."),
+                GPSLayoutSocket.Output(
+                    "layout_out", display_name="layout", tooltip="The initial Gaussians that they were refined from."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, image, num_tokens, importance=None, importance_strength=4.0) -> io.NodeOutput:
+        arguments = partition_arguments(image, num_tokens, importance, importance_strength)
+        features = model.processor(from_image(image), **arguments)
+        autoencoder = model.autoencoder()
+        pixels = features["pixel_values"].to(model.load_device, autoencoder.dtype)
+        tokens = autoencoder.encode(pixels, features["geometry"], features["regions"]).tokens
+        tokens = tokens.cpu()
+        layout = tokens.with_tiles(features["geometry"], features["geometry"][..., :1] * 0)
+        return io.NodeOutput(tokens, layout)
+
+
+class GPSDecode(io.ComfyNode):
+    """Tokens to pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GPSDecode",
+            display_name="GPS Decode",
+            category="GPSToken",
+            description="Paints the picture of tokens, at its own size or at another.",
+            inputs=[
+                model_input(),
+                GPSTokensSocket.Input("tokens"),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    optional=True,
+                    tooltip="Pixels; 0 is the picture's own width, or what keeps its shape.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    optional=True,
+                    tooltip="Pixels; 0 is the picture's own height, or what keeps its shape.",
+                ),
+                io.Combo.Input(
+                    "tiling",
+                    options=["auto", "merge", "tile"],
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "For large pictures. merge: one canvas, no seams. tile: each tile by itself, as it was "
+                        "encoded. auto: as the model is configured; gpstoken-mini never has seams."
+                    ),
+                ),
+            ],
+            outputs=[io.Image.Output("image_out", display_name="image")],
+        )
+
+    @classmethod
+    def execute(cls, model, tokens, width=0, height=0, tiling="auto") -> io.NodeOutput:
+        if tiling not in ("auto", "merge", "tile"):
+            raise ValueError(f"tiling must be auto, merge or tile, not {tiling!r}.")
+        autoencoder = model.autoencoder()
+        tokens = tokens.validate().to(model.load_device, autoencoder.dtype)
+        mode = None if tiling == "auto" else tiling
+        sample = autoencoder.decode(tokens, mode=mode, size=output_size(tokens.image_size, width, height)).sample
+        return io.NodeOutput(to_image(model.processor.postprocess(sample, "pt")))
+
+
+def output_size(own: tuple[int, int], width: int, height: int) -> tuple[int, int] | None:
+    """(height, width) of a result from a node's inputs, in which 0 keeps the shape; None is the picture's own."""
+    if width == 0 and height == 0:
+        return None
+    return (
+        height or max(1, round(own[0] * width / own[1])),
+        width or max(1, round(own[1] * height / own[0])),
+    )

@@ -1,0 +1,78 @@
+"""Gaussians moved, reshaped, added and deleted by hand, in the page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.v0_0_2 import io, ui
+from comfy_execution.graph import ExecutionBlocker
+
+from .sockets import GPSLayoutSocket, GPSTokensSocket
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpstoken_diffusers import GPSTokens
+
+DIGITS = 6  # of what the page shows; Gaussians that nobody touches keep all theirs
+
+
+class GPSLayoutEditor(io.ComfyNode):
+    """An editor in the page, by web/layout_editor.js; what somebody did there comes as the input `edits`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GPSLayoutEditor",
+            display_name="GPS Layout Editor",
+            category="GPSToken",
+            description=(
+                "Shows Gaussians as ellipses, to be moved, scaled, turned, added, deleted with the mouse. Queue once "
+                "to see them; from then on each Queue applies what was done."
+            ),
+            inputs=[
+                io.MultiType.Input(
+                    "tokens", [GPSTokensSocket, GPSLayoutSocket], tooltip="Tokens, or a layout without textures."
+                ),
+                io.Image.Input("image", optional=True, tooltip="What to show behind the ellipses."),
+                io.String.Input("edits", default="", socketless=True, tooltip="What the editor did, as JSON."),
+            ],
+            outputs=[
+                GPSTokensSocket.Output(
+                    "tokens_out", display_name="tokens", tooltip="The edited tokens, for GPS Decode; none of a layout."
+                ),
+                GPSLayoutSocket.Output(
+                    "layout_out", display_name="layout", tooltip="The edited Gaussians without textures."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, tokens, edits="", image=None) -> io.NodeOutput:
+        from gpstoken_diffusers import GPSTokens
+        from gpstoken_diffusers.layout_edits import LayoutEdits
+
+        edited = LayoutEdits.parse(edits).apply(tokens.validate())
+        layout = GPSTokens.from_geometry(edited.geometry, edited.image_size, edited.tile_grid, edited.canvas_size)
+        if tokens.is_layout:
+            edited = ExecutionBlocker(
+                "the editor was given a layout, which has no textures: connect its output layout, or give it tokens."
+            )
+        return io.NodeOutput(edited, layout, ui={"layout_editor": [shown(tokens, image)]})
+
+
+def shown(tokens: GPSTokens, image: torch.Tensor | None) -> dict:
+    """What the page draws: the first picture's Gaussians before all edits, and what lies behind them."""
+    from gpstoken_diffusers.token_editing import deleted_tokens
+
+    first = tokens[0]
+    rows = [[round(number, DIGITS) for number in row] for row in first.geometry[0].tolist()]
+    gone = deleted_tokens(first)[0].tolist()
+    background = None if image is None else ui.PreviewImage(image[:1, ..., :3]).values[0]
+    return {
+        "geometry": [None if dead else row for row, dead in zip(rows, gone, strict=True)],
+        "image_size": list(tokens.image_size),
+        "canvas_size": list(tokens.canvas_size),
+        "background": background,
+    }

@@ -1,0 +1,89 @@
+"""Servers, pages and a folder for pictures. Where something cannot be had, tests are skipped, or fail on request.
+
+GPSTOKEN_REQUIRE_COMFYUI=1 makes them fail: a machine that is meant to run these tests must not pass by skipping them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from comfyui.comfyui_server import ComfyUIServer
+from comfyui.fetch_comfyui import ServerInstall, Unobtainable, ensure_server, find_chromium
+
+OUR_NODE = "GPSEncode"  # a page of a server with our nodes is ready when it knows this one
+
+
+def missing(what: str) -> NoReturn:
+    """Ends a test that cannot run here."""
+    if os.environ.get("GPSTOKEN_REQUIRE_COMFYUI") == "1":
+        pytest.fail(f"GPSTOKEN_REQUIRE_COMFYUI=1, but {what}", pytrace=False)
+    pytest.skip(what)
+
+
+# The scope of most is this package: servers take memory, and playwright keeps other tests from using asyncio meanwhile.
+@pytest.fixture(scope="package")
+def server_install() -> ServerInstall:
+    try:
+        return ensure_server()
+    except Unobtainable as error:
+        missing(f"no ComfyUI: {error} (python tests/comfyui/fetch_comfyui.py fetches it)")
+
+
+def _server(install: ServerInstall, way: str) -> Iterator[ComfyUIServer]:
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(ComfyUIServer(install, way))
+        except Unobtainable as error:
+            missing(f"the nodes cannot be installed for ComfyUI: {error}")
+        yield server
+
+
+@pytest.fixture(scope="package")
+def comfyui_clone(server_install) -> Iterator[ComfyUIServer]:
+    """A server with this checkout in custom_nodes."""
+    yield from _server(server_install, "clone")
+
+
+@pytest.fixture(scope="package")
+def comfyui_pip(server_install) -> Iterator[ComfyUIServer]:
+    """A server with the wheel of this checkout installed, and what our own command puts into custom_nodes."""
+    yield from _server(server_install, "pip")
+
+
+@pytest.fixture(scope="package")
+def open_page() -> Iterator[Callable[..., Any]]:
+    """Opens the page of a server: `open_page(server, node)` gives a `ComfyUIPage`, closed after the last test."""
+    try:
+        from comfyui.comfyui_page import ComfyUIPage, open_browser
+    except ModuleNotFoundError as error:
+        missing(f"the page needs {error.name}: pip install '.[comfyui]'")
+    if (chromium := find_chromium()) is None:
+        missing("the page needs Chromium: install it, or set GPSTOKEN_CHROMIUM to a Chromium or Chrome")
+    with ExitStack() as stack:
+        browser = stack.enter_context(open_browser(chromium))
+        yield lambda server, node: stack.enter_context(ComfyUIPage(browser, server, node))
+
+
+@pytest.fixture(scope="package")
+def comfyui_page_clone(comfyui_clone, open_page):
+    return open_page(comfyui_clone, OUR_NODE)
+
+
+@pytest.fixture(scope="package")
+def comfyui_page_pip(comfyui_pip, open_page):
+    return open_page(comfyui_pip, OUR_NODE)
+
+
+@pytest.fixture(scope="session")
+def artefacts(tmp_path_factory) -> Path:
+    """Where screenshots go: $GPSTOKEN_ARTEFACTS, or a temporary folder."""
+    if named := os.environ.get("GPSTOKEN_ARTEFACTS"):
+        Path(named).mkdir(parents=True, exist_ok=True)
+        return Path(named).resolve()
+    return tmp_path_factory.mktemp("artefacts")
