@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import comfy.utils
 from comfy_api.v0_0_2 import io
 
 from .images import fitting_mask, from_image, to_image
 from .sockets import GPSLayoutSocket, GPSTokensSocket, model_input
+
+TILINGS = ["auto", "merge", "tile"]
+SCALINGS = ["resample", "render"]
 
 
 def num_tokens_input(default: int) -> io.Input:
@@ -112,8 +116,18 @@ class GPSDecode(io.ComfyNode):
                     tooltip="Pixels; 0 is the picture's own height, or what keeps its shape.",
                 ),
                 io.Combo.Input(
+                    "scaling",
+                    options=SCALINGS,
+                    default="resample",
+                    optional=True,
+                    tooltip=(
+                        "For another size. resample: paint at the own size, then scale the picture. render: paint the "
+                        "Gaussians at that size; edges are crisper, but networks were trained at one scale."
+                    ),
+                ),
+                io.Combo.Input(
                     "tiling",
-                    options=["auto", "merge", "tile"],
+                    options=TILINGS,
                     default="auto",
                     optional=True,
                     tooltip=(
@@ -126,14 +140,19 @@ class GPSDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, tokens, width=0, height=0, tiling="auto") -> io.NodeOutput:
-        if tiling not in ("auto", "merge", "tile"):
-            raise ValueError(f"tiling must be auto, merge or tile, not {tiling!r}.")
+    def execute(cls, model, tokens, width=0, height=0, scaling="resample", tiling="auto") -> io.NodeOutput:
+        for name, value, known in (("tiling", tiling, TILINGS), ("scaling", scaling, SCALINGS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
         autoencoder = model.autoencoder()
         tokens = tokens.validate().to(model.load_device, autoencoder.dtype)
-        mode = None if tiling == "auto" else tiling
-        sample = autoencoder.decode(tokens, mode=mode, size=output_size(tokens.image_size, width, height)).sample
-        return io.NodeOutput(to_image(model.processor.postprocess(sample, "pt")))
+        size = output_size(tokens.image_size, width, height)
+        rendered = size if scaling == "render" else None
+        sample = autoencoder.decode(tokens, mode=None if tiling == "auto" else tiling, size=rendered).sample
+        pictures = model.processor.postprocess(sample, "pt")
+        if size is not None and tuple(pictures.shape[-2:]) != size:
+            pictures = comfy.utils.common_upscale(pictures, size[1], size[0], "lanczos", "disabled")
+        return io.NodeOutput(to_image(pictures))
 
 
 def output_size(own: tuple[int, int], width: int, height: int) -> tuple[int, int] | None:

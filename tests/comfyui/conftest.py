@@ -35,10 +35,28 @@ def server_install() -> ServerInstall:
         missing(f"no ComfyUI: {error} (python tests/comfyui/fetch_comfyui.py fetches it)")
 
 
+# A node that passes tokens on, says which models ComfyUI holds, and makes it unload them all if asked to.
+PROBE = """
+import comfy.model_management as memory
+
+class LoadedModels:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"tokens": ("GPS_TOKENS",), "unload": ("BOOLEAN",)}})
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = ("GPS_TOKENS",), "look", True, "tests"
+
+    def look(self, tokens, unload):
+        names = [type(one.model.model.network).__name__ for one in memory.current_loaded_models]
+        if unload:
+            memory.unload_all_models()
+        return {"ui": {"text": [*names, f"{len(memory.current_loaded_models)} left"]}, "result": (tokens,)}
+
+NODE_CLASS_MAPPINGS = {"LoadedModels": LoadedModels}
+"""
+
+
 def _server(install: ServerInstall, way: str) -> Iterator[ComfyUIServer]:
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(ComfyUIServer(install, way))
+            server = stack.enter_context(ComfyUIServer(install, way, nodes={"probe/__init__.py": PROBE}))
         except Unobtainable as error:
             missing(f"the nodes cannot be installed for ComfyUI: {error}")
         yield server

@@ -63,7 +63,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
         return node("GPSExampleImage", picture=picture)
 
     def decode(tokens: tuple[str, int]) -> dict[str, Any]:
-        return node("GPSDecode", model=model, tokens=tokens, width=0, height=0, tiling="auto")
+        return node("GPSDecode", model=model, tokens=tokens, width=0, height=0, scaling="resample", tiling="auto")
 
     def preview(images: tuple[str, int], title: str = "") -> dict[str, Any]:
         return node("PreviewImage", title, images=images)
@@ -93,11 +93,11 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
             "connect its "
             "MASK output. Compare both reconstructions around the bird's head: both have 64 tokens for each tile.",
             load
-            | box_mask(768, 512, (170, 60, 280, 170))
+            | box_mask(768, 512, (200, 75, 230, 130))
             | {
                 "image": example("kingfisher"),
                 "even": encode("image", 64),
-                "focused": encode("image", 64, importance=("mask", 0), importance_strength=16.0),
+                "focused": encode("image", 64, importance=("mask", 0), importance_strength=4.0),
                 "decoded": decode(("even", 0)),
                 "without": preview(("decoded", 0), "without the mask"),
                 "decoded focused": decode(("focused", 0)),
