@@ -83,6 +83,10 @@ def test_a_pipeline_is_evaluated(arguments, tmp_path, capsys):
     for row in judged.values():
         assert np.array(row["confusion"]).sum(axis=1).tolist() == [3, 3, 3]
         assert row["accuracy"] == pytest.approx(np.trace(row["confusion"]) / 9)
+    # The random tokenizer's pictures all look alike, so that having seen such helps little: it judges otherwise.
+    blurred = results["classifier_with_reconstructions"]
+    assert blurred["held-out"]["accuracy"] > 0.8
+    assert blurred["held-out reconstructed"]["confusion"] != judged["held-out reconstructed"]["confusion"]
     kernel = results["kernel_distance_x1000"]
     assert np.isfinite(list(kernel.values())).all()
     # The tiny tokenizer has random weights: its pictures are far from real ones.
