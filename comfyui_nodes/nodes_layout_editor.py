@@ -35,7 +35,9 @@ class GPSLayoutEditor(io.ComfyNode):
                     "tokens", [GPSTokensSocket, GPSLayoutSocket], tooltip="Tokens, or a layout without textures."
                 ),
                 io.Image.Input("image", optional=True, tooltip="What to show behind the ellipses."),
-                io.String.Input("edits", default="", socketless=True, tooltip="What the editor did, as JSON."),
+                io.String.Input(
+                    "edits", default="", optional=True, socketless=True, tooltip="What the editor did, as JSON."
+                ),
             ],
             outputs=[
                 GPSTokensSocket.Output(

@@ -6,6 +6,7 @@ import {area, fromPixels, toPixels, transformed} from "./gaussian_geometry.js";
 
 const VERSION = 1;
 const UNDO_STEPS = 200;
+const NO_EDITS = {changed: {}, deleted: [], added: []};
 
 /** An item is {base, from, gaussian, edited}: base is the token's index, or null for an added one; from its source. */
 export class LayoutState {
@@ -22,7 +23,7 @@ export class LayoutState {
     /** Takes what the node has shown; edits and the history stay if the tokens are as many as before. */
     setTokens(geometry, canvasSize) {
         const selected = this.selectedNames();
-        if (this.geometry && this.geometry.length !== geometry.length) this._undo = this._redo = [];
+        if (this.geometry && this.geometry.length !== geometry.length) this._forget();
         this.geometry = geometry;
         this.canvasSize = canvasSize;
         this._rebuild(selected);
@@ -32,8 +33,7 @@ export class LayoutState {
     setText(text) {
         if (text === this.text) return;
         this.text = text;
-        this._undo = [];
-        this._redo = [];
+        this._forget();
         this._rebuild([]);
     }
 
@@ -54,7 +54,7 @@ export class LayoutState {
     }
 
     reset() {
-        this._remember();
+        this._remember(this.selectedNames());
         this.text = "";
         this._rebuild([]);
     }
@@ -84,18 +84,19 @@ export class LayoutState {
 
     deleteSelected() {
         if (this.selected.size === 0) return;
+        const names = this.selectedNames();
         this.items = this.items.filter((item) => !this.selected.has(item));
         this.selected.clear();
-        this.commit();
+        this.commit(names);
     }
 
     /** Adds copies of items, shifted by pixels, and selects them. */
     add(sources, dx, dy) {
-        const copies = sources.map(({from, gaussian}) => ({base: null, from, gaussian, edited: true}));
+        const names = this.selectedNames(), copies = sources.map(({from, gaussian}) => ({base: null, from, gaussian, edited: true}));
         this.transform(copies.map((item) => [item, item.gaussian]), [1, 0, 0, 1], 0, 0, dx, dy);
         this.items.push(...copies);
         this.selected = new Set(copies);
-        this.commit();
+        this.commit(names);
     }
 
     /** The item whose centre lies nearest to a point, or null. */
@@ -113,11 +114,11 @@ export class LayoutState {
         return [...this.items].sort((one, other) => area(other.gaussian) - area(one.gaussian));
     }
 
-    /** Ends a change: writes the text, and remembers the one before. */
-    commit() {
+    /** Ends a change: writes the text, and remembers the one before with what was selected then. */
+    commit(names = this.selectedNames()) {
         const text = this._serialised();
         if (text === this.text) return;
-        this._remember();
+        this._remember(names);
         this.text = text;
     }
 
@@ -140,8 +141,19 @@ export class LayoutState {
         return names;
     }
 
-    _remember() {
-        this._undo.push([this.text, this.selectedNames()]);
+    /** How many tokens the text was written for, if those that are shown are not as many; else null. */
+    get strangers() {
+        const expected = this._parsed().num_tokens;
+        return this.geometry && expected !== undefined && expected !== this.geometry.length ? expected : null;
+    }
+
+    _forget() {
+        this._undo = [];
+        this._redo = [];
+    }
+
+    _remember(names) {
+        this._undo.push([this.text, names]);
         if (this._undo.length > UNDO_STEPS) this._undo.shift();
         this._redo = [];
     }
@@ -156,11 +168,10 @@ export class LayoutState {
 
     /** The text as an object; text that makes no sense counts as none here: the node says what is wrong with it. */
     _parsed() {
-        const none = {changed: {}, deleted: [], added: []};
         try {
-            return {...none, ...JSON.parse(this.text)};
+            return {...NO_EDITS, ...JSON.parse(this.text)};
         } catch {
-            return none;
+            return NO_EDITS;
         }
     }
 
@@ -168,7 +179,8 @@ export class LayoutState {
         this.items = [];
         this.selected = new Set();
         if (!this.geometry) return;
-        const edits = this._parsed(), deleted = new Set(edits.deleted), names = new Set(selectedNames);
+        const edits = this.strangers === null ? this._parsed() : NO_EDITS;
+        const deleted = new Set(edits.deleted), names = new Set(selectedNames);
         const include = (name, item) => {
             this.items.push(item);
             if (names.has(name)) this.selected.add(item);

@@ -57,6 +57,7 @@ class ComfyUIServer(ComfyUIClient):
         node_folder: the copy of the checkout inside custom_nodes, for the way "clone".
         packages_before, packages_after: names and versions of the installed packages before and after our nodes came.
         process: the server's process.
+        start_seconds: from the start of that process to its first answer.
     """
 
     def __init__(
@@ -168,10 +169,12 @@ class ComfyUIServer(ComfyUIClient):
                 start_new_session=True,
             )
         self._watcher = watch(self.process)
-        deadline = time.monotonic() + _START_SECONDS
+        started = time.monotonic()
+        deadline = started + _START_SECONDS
         while True:
             try:
                 self.get_json("/system_stats")
+                self.start_seconds = time.monotonic() - started
                 return
             except OSError as error:
                 if time.monotonic() > deadline:

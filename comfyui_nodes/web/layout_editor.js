@@ -1,0 +1,313 @@
+// The page's part of the node GPS Layout Editor: a widget that shows Gaussians and lets people edit them.
+//
+// What was done is the value of the node's widget `edits`, so that workflows carry it. What is shown comes with each
+// execution. ComfyUI imports every script of this folder; only this one registers anything.
+
+import {api} from "../../scripts/api.js";
+import {app} from "../../scripts/app.js";
+import {LayoutPointer} from "./layout_pointer.js";
+import {LayoutState} from "./layout_state.js";
+import {LayoutView} from "./layout_view.js";
+
+const NODE = "GPSLayoutEditor";
+const EDITS = "edits";
+const NODE_SIZE = [460, 570];
+const MIN_HEIGHT = 240;
+const NUDGE_PX = 1, LONG_NUDGE_PX = 10;
+const COPY_SHIFT_PX = 6; // on the screen: where copies by the button lie
+
+const STYLE = `
+.gps-layout { display: flex; flex-direction: column; gap: 6px; width: 100%; height: 100%; box-sizing: border-box;
+    font: 12px/1.3 Inter, Arial, sans-serif; color: var(--input-text, #ddd); }
+.gps-layout-tools { display: flex; gap: 4px; flex: none; }
+.gps-layout-tools .gps-layout-gap { flex: 1; }
+.gps-layout button { display: inline-flex; align-items: center; gap: 5px; height: 26px; padding: 0 8px; font: inherit;
+    color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); cursor: pointer; white-space: nowrap;
+    border: 1px solid var(--border-color, #4e4e4e); border-radius: 5px; }
+.gps-layout button:hover:enabled { border-color: var(--p-primary-color, #1f6feb); }
+.gps-layout button:focus-visible { outline: 2px solid var(--p-primary-color, #1f6feb); outline-offset: 1px; }
+.gps-layout button:disabled { opacity: 0.4; cursor: default; }
+.gps-layout svg { width: 14px; height: 14px; fill: none; stroke: currentColor; stroke-width: 1.6;
+    stroke-linecap: round; stroke-linejoin: round; }
+.gps-layout-stage { position: relative; flex: 1; min-height: 0; overflow: hidden; border-radius: 6px;
+    border: 1px solid var(--border-color, #4e4e4e); background: #101116; }
+.gps-layout-stage:focus-within { border-color: var(--p-primary-color, #1f6feb); }
+.gps-layout-stage canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; }
+.gps-layout-stage textarea { position: absolute; width: 1px; height: 1px; padding: 0; border: 0; opacity: 0;
+    resize: none; pointer-events: none; }
+.gps-layout-hint { position: absolute; inset: 0; display: grid; place-items: center; padding: 24px; text-align: center;
+    color: #a9adb8; pointer-events: none; }
+.gps-layout-hint[hidden] { display: none; }
+.gps-layout-status { display: flex; justify-content: space-between; gap: 0 12px; flex: none; flex-wrap: wrap;
+    height: 16px; overflow: hidden; white-space: nowrap; } /* a tip that does not fit wraps out of sight */
+.gps-layout-status span { overflow: hidden; text-overflow: ellipsis; }
+.gps-layout-status .gps-layout-counts { flex: none; max-width: 100%; font-variant-numeric: tabular-nums; }
+.gps-layout-status .gps-layout-tip { color: var(--descrip-text, #999); }
+`;
+
+const ICONS = {
+    add: "M8 3v10M3 8h10",
+    delete: "M3 4.5h10M6.5 4.5v-1.5h3v1.5M4.5 4.5l.6 8.5h5.8l.6-8.5M6.8 7v3.5M9.2 7v3.5",
+    undo: "M6 3.5 3 6.5l3 3M3 6.5h6a3.5 3.5 0 0 1 0 7H7",
+    redo: "M10 3.5l3 3-3 3M13 6.5H7a3.5 3.5 0 0 0 0 7h2",
+    reset: "M13 8a5 5 0 1 1-1.6-3.7M13 2.5v3h-3",
+};
+
+function element(tag, className, properties = {}) {
+    return Object.assign(document.createElement(tag), {className, ...properties});
+}
+
+class LayoutEditor {
+    /** @param node the node of the graph; it has the widget `edits`. */
+    constructor(node) {
+        this.node = node;
+        this.edits = node.widgets.find((widget) => widget.name === EDITS);
+        this._hide(this.edits);
+        this.state = new LayoutState();
+        this._build();
+        this.view = new LayoutView(this.canvas);
+        this.pointer = new LayoutPointer(this.view, this.state, (moving) => this._changed(moving));
+        this.root.addEventListener("keydown", (event) => this._key(event));
+        this._leaveToGraph();
+        this.shown = null;
+        this._frame = 0;
+        this._full = true;
+        this._observer = new ResizeObserver(() => this._changed(false));
+        this._observer.observe(this.stage);
+        this.widget = node.addDOMWidget("layout_editor", "GPS_LAYOUT_EDITOR", this.root, {
+            serialize: false,
+            hideOnZoom: false,
+            getMinHeight: () => MIN_HEIGHT,
+            onDraw: () => this._look(),
+        });
+        this.widget.serialize = false;
+        this._look();
+        this._changed(false);
+    }
+
+    /** Takes what the node has shown. */
+    show(shown) {
+        this.shown = shown;
+        this.view.imageSize = shown.image_size;
+        this.state.setText(this.edits.value);
+        this.state.setTokens(shown.geometry, shown.canvas_size);
+        const {background} = shown;
+        if (!background) this.view.background = null;
+        else {
+            const image = new Image();
+            image.onload = () => {
+                if (this.shown !== shown) return;
+                this.view.background = image;
+                this._changed(false);
+            };
+            // A temporary picture, gone after a restart: the ellipses are of use without it.
+            image.onerror = () => {
+                if (this.shown === shown) this.view.background = null;
+                this._changed(false);
+            };
+            image.src = api.apiURL(`/view?${new URLSearchParams(background)}`);
+        }
+        this._changed(false);
+    }
+
+    remove() {
+        this._observer.disconnect();
+        cancelAnimationFrame(this._frame);
+    }
+
+    // ---- what the page does ----
+
+    /** Called with each frame of the graph: zoom, text from outside, and outputs of before the node was made anew. */
+    _look() {
+        if (this.edits.value !== this.state.text) {
+            this.pointer.cancel();
+            this.state.setText(this.edits.value);
+            this._changed(false);
+        }
+        const known = this.shown ? null : app.nodeOutputs?.[this.node.id]?.layout_editor?.[0];
+        if (known) this.show(known);
+        if (this.view.zoom !== this._zoom) this._changed(false);
+    }
+
+    /** Draws soon, and tells the workflow what is new. */
+    _changed(moving) {
+        this._full ||= !moving;
+        this._frame ||= requestAnimationFrame(() => {
+            this._frame = 0;
+            this._zoom = this.view.zoom;
+            this.view.draw(this.state, this.pointer.hover, this.pointer.frame, this.pointer.box, !this._full);
+            this._full = false;
+        });
+        if (this.edits.value !== this.state.text) {
+            this.edits.value = this.state.text;
+            app.graph.setDirtyCanvas(true, true);
+            // Marks the workflow as changed; its own undo then knows of this change, too.
+            app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState();
+        }
+        this._describe();
+    }
+
+    _describe() {
+        const {state} = this, {changed, deleted, added} = state.counts(), chosen = state.selected.size;
+        const done = [[changed, "changed"], [deleted, "deleted"], [added, "added"]].filter(([count]) => count);
+        const parts = done.map(([count, what]) => `${count} ${what}`);
+        let text = parts.join(", ");
+        if (state.geometry) {
+            const count = state.items.length;
+            text = `${count} token${count === 1 ? "" : "s"} · ${chosen} selected · ${text || "no edits"}`;
+        }
+        if (state.strangers !== null) text = `The edits were made for ${state.strangers} tokens: press Reset.`;
+        if (this.counts.textContent !== text) this.counts.textContent = text;
+        this.tip.textContent = !state.geometry
+            ? ""
+            : chosen ? "Arrow keys nudge, Delete deletes" : "Shift-drag for a box, double-click to add";
+        this.hint.hidden = Boolean(state.geometry);
+        this.buttons.add.disabled = !state.items.length;
+        this.buttons.delete.disabled = !chosen;
+        this.buttons.undo.disabled = !state.canUndo;
+        this.buttons.redo.disabled = !state.canRedo;
+        this.buttons.reset.disabled = !state.text;
+    }
+
+    // ---- what people do ----
+
+    _act(what) {
+        const {state} = this;
+        this.pointer.cancel();
+        this.pointer.hover = null;
+        if (what === "add") this._addCopies();
+        if (what === "delete") state.deleteSelected();
+        if (what === "undo") state.undo();
+        if (what === "redo") state.redo();
+        if (what === "reset") state.reset();
+        this._changed(false);
+    }
+
+    /** Copies of the selection beside it; without one, of the token nearest to the middle. */
+    _addCopies() {
+        const {state} = this, shift = COPY_SHIFT_PX / this.view.layout().scale;
+        const [rows, columns] = this.view.imageSize, chosen = state.selection();
+        const sources = chosen.length ? chosen : [state.nearest((columns - 1) / 2, (rows - 1) / 2)];
+        state.add(sources, shift, shift);
+    }
+
+    _key(event) {
+        const command = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
+        if (command && !event.altKey) {
+            // Ctrl+Enter and all others are ComfyUI's; so are these two where a button has the focus.
+            const inStage = event.target === this.keyboard;
+            if (key === "a") this._selectAll();
+            else if (inStage && key === "z") this._act(event.shiftKey ? "redo" : "undo");
+            else if (inStage && key === "y" && !event.shiftKey) this._act("redo");
+            else return;
+        } else if (!event.altKey) {
+            if (key === "delete" || key === "backspace") this._act("delete");
+            else if (key === "escape") this._escape();
+            else if (key.startsWith("arrow")) this._nudge(key, event.shiftKey ? LONG_NUDGE_PX : NUDGE_PX);
+            else {
+                event.stopPropagation(); // plain keys are shortcuts of ComfyUI's
+                return;
+            }
+        } else return;
+        event.preventDefault();
+        event.stopPropagation();
+    }
+
+    _selectAll() {
+        this.state.selected = new Set(this.state.items);
+        this._changed(false);
+    }
+
+    _escape() {
+        if (!this.pointer.cancel()) this.state.selected = new Set();
+        this._changed(false);
+    }
+
+    _nudge(key, px) {
+        const dx = {arrowleft: -px, arrowright: px}[key] ?? 0, dy = {arrowup: -px, arrowdown: px}[key] ?? 0;
+        this.state.nudge(dx, dy);
+        this._changed(false);
+    }
+
+    // ---- making it ----
+
+    _build() {
+        this.root = element("div", "gps-layout");
+        const tools = element("div", "gps-layout-tools", {role: "toolbar", ariaLabel: "Gaussians"});
+        this.buttons = {
+            add: this._button("add", "Add", "Add copies of the selected Gaussians (or double-click)"),
+            delete: this._button("delete", "Delete", "Delete the selected Gaussians (Delete)"),
+            undo: this._button("undo", "Undo", "Undo (Ctrl+Z)"),
+            redo: this._button("redo", "Redo", "Redo (Ctrl+Shift+Z or Ctrl+Y)"),
+            reset: this._button("reset", "Reset", "Forget all edits"),
+        };
+        const {add, delete: remove, undo, redo, reset} = this.buttons;
+        tools.append(add, remove, element("div", "gps-layout-gap"), undo, redo, reset);
+        this.stage = element("div", "gps-layout-stage");
+        this.canvas = element("canvas", "");
+        // A text field owns the keys: that is what ComfyUI's shortcuts, Delete and Ctrl+Z among them, keep away from.
+        this.keyboard = element("textarea", "", {
+            readOnly: true, ariaLabel: "Gaussians: arrow keys move the selected ones, Delete deletes them",
+        });
+        this.hint = element("div", "gps-layout-hint", {textContent: "Queue the workflow to see its Gaussians here."});
+        this.stage.append(this.keyboard, this.canvas, this.hint);
+        this.counts = element("span", "gps-layout-counts", {ariaLive: "polite"});
+        this.tip = element("span", "gps-layout-tip");
+        const status = element("div", "gps-layout-status");
+        status.append(this.counts, this.tip);
+        this.root.append(tools, this.stage, status);
+        // Focus stays where the keys are.
+        this.canvas.addEventListener("pointerdown", () => this.keyboard.focus({preventScroll: true}));
+        this.canvas.addEventListener("mousedown", (event) => event.preventDefault());
+        this.root.addEventListener("contextmenu", (event) => event.preventDefault());
+    }
+
+    _button(name, label, tooltip) {
+        const icon = `<svg viewBox="0 0 16 16" aria-hidden="true"><path d="${ICONS[name]}"/></svg>`;
+        const button = element("button", `gps-layout-${name}`, {type: "button", title: tooltip, ariaLabel: tooltip});
+        button.innerHTML = `${icon}<span>${label}</span>`;
+        button.addEventListener("click", () => {
+            this._act(name);
+            this.keyboard.focus({preventScroll: true});
+        });
+        return button;
+    }
+
+    _hide(widget) {
+        widget.hidden = true;
+        widget.options = {...widget.options, hidden: true};
+        widget.computeSize = () => [0, -4]; // the gap that the layout adds to each
+    }
+
+    /** The wheel zooms the graph and the middle button moves it, as everywhere else. */
+    _leaveToGraph() {
+        this.root.addEventListener("wheel", (event) => app.canvas.processMouseWheel(event));
+        const middle = (handler, held) => (event) => held(event) && app.canvas[handler](event);
+        this.root.addEventListener("pointerdown", middle("processMouseDown", (event) => event.button === 1));
+        this.root.addEventListener("pointermove", middle("processMouseMove", (event) => event.buttons & 4));
+        this.root.addEventListener("pointerup", middle("processMouseUp", (event) => event.button === 1));
+    }
+}
+
+function chain(node, method, added) {
+    const before = node[method];
+    node[method] = function (...given) {
+        const result = before?.apply(this, given);
+        added(...given);
+        return result;
+    };
+}
+
+app.registerExtension({
+    name: "gpstoken.layout_editor",
+    setup() {
+        document.head.append(element("style", "", {textContent: STYLE}));
+    },
+    nodeCreated(node) {
+        if (node.comfyClass !== NODE) return;
+        const editor = new LayoutEditor(node);
+        node.setSize([Math.max(node.size[0], NODE_SIZE[0]), Math.max(node.size[1], NODE_SIZE[1])]);
+        chain(node, "onExecuted", (output) => output?.layout_editor && editor.show(output.layout_editor[0]));
+        chain(node, "onRemoved", () => editor.remove());
+    },
+});
