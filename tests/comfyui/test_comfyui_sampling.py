@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from comfyui.make_example_workflows import MINI, node
+from comfyui.make_example_workflows import MINI, node, numbered
 
 
 def generation(**changes) -> dict:
@@ -127,3 +128,42 @@ def test_guidance_in_an_interval(comfyui_clone):
     part = picture_of(comfyui_clone, generation(seed=60, guidance_start=0.3, guidance_end=0.7))
     off = picture_of(comfyui_clone, generation(seed=60, guidance=1.0))
     assert not np.array_equal(everywhere, part) and not np.array_equal(part, off)
+
+
+def test_a_file_that_was_exchanged_is_read_again(comfyui_clone):
+    """Under the same name: the tokens of one picture, then of another; unchanged, they come from the cache."""
+    from gpstoken_diffusers import GPSTokenImageProcessor
+    from gpstoken_diffusers.assets import EXAMPLE_PICTURES
+
+    path = Path(comfyui_clone.base) / "input" / "exchanged.safetensors"
+    workflow = {
+        "loaded": node("LoadGPSTokens", file=path.name),
+        "drawn": node("GPSVisualize", tokens=("loaded", 0), style="ellipses"),
+        "picture": node("PreviewImage", images=("drawn", 0)),
+    }
+    seen = []
+    for name in ("duck", "honey pot"):
+        picture = GPSTokenImageProcessor.load_image(EXAMPLE_PICTURES[name])
+        GPSTokenImageProcessor().layout(picture, num_tokens=32).save(path)
+        seen.append(picture_of(comfyui_clone, workflow))
+    path_again = comfyui_clone.run(workflow)
+    assert not np.array_equal(*seen)
+    assert "loaded" in cached(comfyui_clone, path_again)
+    path.unlink()
+
+
+_LISTEN = """() => {
+    window.previews = [];
+    app.api.addEventListener('b_preview', ({detail}) => window.previews.push(detail.size));
+}"""
+
+
+def test_the_page_sees_previews_while_it_samples(comfyui_page_clone):
+    page = comfyui_page_clone
+    workflow, _ = numbered(generation(seed=70, steps=20))
+    page.ui_workflow_from_api(workflow)
+    page.evaluate(_LISTEN)
+    page.queue_and_wait(timeout=120)
+    sizes = page.evaluate("() => window.previews")
+    assert len(sizes) >= 2 and min(sizes) > 1000  # bytes of pictures
+    assert page.errors == []
