@@ -43,6 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_dir", help="Token dataset that is not trained on.")
     add("--autoencoder", default=str(MINI), help="Folder of the tokenizer that made the tokens; default: the shipped.")
     add("--pretrained", help="Folder of a model to start from; default: the mini configuration, fresh.")
+    add("--new_statistics", action="store_true",
+        help="Standardise latents by this dataset's mean and deviation in place of the pretrained model's: for tokens "
+             "of another tokenizer.")
     add("--config", help="JSON file of GPSTokenTransformerModel arguments that replace the mini configuration's.")
     add_training_arguments(parser)
     return parser.parse_args(argv)
@@ -66,19 +69,25 @@ class TextureLatents(Dataset):
 
 def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTransformerModel:
     if args.pretrained:
-        return GPSTokenTransformerModel.from_pretrained(args.pretrained)
+        residual = GPSTokenTransformerModel.load_config(args.pretrained)["geometry_residual"]
+        statistics = latents_statistics(dataset, residual) if args.new_statistics else {}
+        return GPSTokenTransformerModel.from_pretrained(args.pretrained, **statistics)
     config = dict(MINI_CONFIG)
     if args.config:
         config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
-    mean, std = dataset.statistics(config.get("geometry_residual", "additive"))
     data = {
         "texture_channels": dataset.texture_channels,
         "num_tokens": dataset.num_tokens,
         "num_classes": len(dataset.id2label),
-        "latents_mean": mean.tolist(),
-        "latents_std": std.clamp(min=1e-6).tolist(),
     }
-    return GPSTokenTransformerModel(**data | config)
+    statistics = latents_statistics(dataset, config.get("geometry_residual", "additive"))
+    return GPSTokenTransformerModel(**data | statistics | config)
+
+
+def latents_statistics(dataset: TokenDataset, geometry_residual: str) -> dict[str, list[float]]:
+    """What standardises the latents of a dataset, as arguments of the model."""
+    mean, std = dataset.statistics(geometry_residual)
+    return {"latents_mean": mean.tolist(), "latents_std": std.clamp(min=1e-6).tolist()}
 
 
 def velocity(model: nn.Module, batch: dict[str, Tensor], noisy: Tensor, time: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +228,26 @@ def test_a_missing_dataset_is_named(workplace):
     failed = run("train_layout.py", workplace, "none", "--train_dir", str(workplace / "nowhere"))
     assert failed.returncode != 0
     assert "nowhere" in failed.stderr
+
+
+def test_a_model_goes_on_with_tokens_of_another_tokenizer(workplace):
+    """Its weights are taken over, and latents are standardised by what the new tokens are."""
+    finished = run("train_texture.py", workplace, "first", "--max_train_steps", "4")
+    assert finished.returncode == 0, finished.stderr
+    folder = workplace / "moved"
+    shutil.copytree(workplace / "first" / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    known = config["latents_mean"], config["latents_std"]
+    config["latents_mean"] = [value + 1 for value in known[0]]
+    (folder / "config.json").write_text(json.dumps(config))
+    for output, more in (("kept", ()), ("renewed", ("--new_statistics",))):
+        finished = run(
+            "train_texture.py", workplace, output, "--pretrained", folder, *more,
+            "--max_train_steps", "4", "--learning_rate", "0", "--adam_learning_rate", "0",
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        trained = json.loads((workplace / output / "model" / "config.json").read_text())
+        expected = known[0] if more else config["latents_mean"]
+        assert trained["latents_mean"] == pytest.approx(expected) and trained["latents_std"] == pytest.approx(known[1])
+        before, after = weights(workplace / "first"), weights(workplace / output)
+        assert all(torch.equal(before[name], after[name]) for name in before)
