@@ -48,7 +48,7 @@ def main() -> None:
                     continue
                 imports.append(float(re.search(r"([\d.]+) seconds: .*gpstoken_diffusers", server.log())[1]))
                 empty = peak_megabytes(server)
-                for name, key, value in (("1 reconstruct", "num_tokens", 128), ("3 generate", "seed", 2)):
+                for name, key, value in (("1_reconstruct", "num_tokens", 128), ("3_generate", "seed", 2)):
                     workflow = numbered(workflows()[name][1])[0]
                     server.free()
                     first = seconds(server, workflow)

@@ -110,6 +110,8 @@ def test_strength_leaves_out_the_first_steps(name, begin):
     scheduler.step(sample, scheduler.timesteps[begin], sample)
     assert scheduler.step_index == begin + 1
     assert set_timesteps(scheduler, num_steps, strength=1e-9) == begin // 6 * 9
+    # To the nearest whole step: 0.99 of ten steps are ten.
+    assert set_timesteps(scheduler, 10, strength=0.99) == 0
 
 
 def test_scale_noise_is_the_path():
@@ -324,3 +326,9 @@ def test_swapping_there_and_back_keeps_the_settings():
     assert GPSTokenSDEScheduler.from_config(there.config).config.sde_solver == "euler_maruyama"
     with pytest.raises(ValueError, match="has prediction_type='epsilon'"):
         GPSTokenSDEScheduler.from_config(UniPCMultistepScheduler(prediction_type="epsilon").config | {})
+
+
+def test_the_official_solver_takes_two_steps_or_more():
+    """Its grid has a first time and a last one; make_sampler refuses a single step, and so does the scheduler."""
+    with pytest.raises(ValueError, match="at least 2"):
+        GPSTokenSDEScheduler(sde_solver="euler_maruyama").set_timesteps(1)

@@ -29,9 +29,9 @@ def install(args: argparse.Namespace) -> int:
     fresh, old = (target.with_name(f".{FOLDER}.{mark}.{end}.disabled") for end in ("tmp", "old"))
     try:
         shutil.copytree(nodes, fresh, ignore=shutil.ignore_patterns("__pycache__"))
-        workflows = nodes.parent / "example_workflows"  # beside the nodes in a checkout, within them in a wheel
-        if workflows.is_dir():
-            shutil.copytree(workflows, fresh / "example_workflows")
+        for name in ("example_workflows", "locales"):  # beside the nodes in a checkout, within them in a wheel
+            if (nodes.parent / name).is_dir():
+                shutil.copytree(nodes.parent / name, fresh / name)
         (fresh / VERSION_FILE).write_text(f"{__version__}\n", encoding="utf-8")
         if target.exists():
             target.rename(old)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes example_workflows/ anew, with its pictures and those of the nodes' help pages, by running all of it.
+"""Writes example_workflows/ anew, with its pictures, by running all of it.
 
     python tests/comfyui/make_example_workflows.py
 
@@ -27,9 +27,20 @@ from comfyui.comfyui_server import ComfyUIServer  # noqa: E402
 from comfyui.fetch_comfyui import ensure_server, find_chromium  # noqa: E402
 
 WORKFLOWS = ROOT / "example_workflows"
-HELP_PICTURES = ROOT / "comfyui_nodes" / "web" / "docs" / "pictures"
 MINI = "gpstoken-mini (shipped)"
 PICTURE_PX = 384
+
+# In the page's units: a node's title takes 30 above its position.
+GAP = 70.0
+NOTE_HEIGHT = 180.0
+SMALLEST = {
+    "PreviewImage": (400, 420),
+    "GPSLayoutEditor": (460, 560),
+    "GPSTextureGenerate": (300, 640),  # grows when it shows previews
+    "LoadGPSToken": (320, 0),
+    "GPSExampleImage": (320, 0),
+    "SolidMask": (320, 0),
+}
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -72,7 +83,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
         return node("GPSEncode", model=model, image=(image, 0), num_tokens=num_tokens, **importance | others)
 
     return {
-        "1 reconstruct": (
+        "1_reconstruct": (
             "A photograph as Gaussian tokens, and back.\n\nPut **Load Image** in the place of the example for a "
             "picture "
             "of your own; any size will do. *num_tokens* is per 256 x 256 px: fewer make it coarser.",
@@ -88,7 +99,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "gaussians": preview(("ellipses", 0), "its Gaussians"),
             },
         ),
-        "2 focus tokens by a mask": (
+        "2_focus_tokens_by_a_mask": (
             "Tokens go where the mask is bright.\n\nWith **Load Image**, draw the mask in its mask editor and "
             "connect its "
             "MASK output. Compare both reconstructions around the bird's head: both have 64 tokens for each tile.",
@@ -108,7 +119,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "gaussians": preview(("ellipses", 0), "Gaussians with the mask"),
             },
         ),
-        "3 generate": (
+        "3_generate": (
             "New pictures of a class, in two stages: first where Gaussians lie, then what they show.\n\nChange the "
             "seed of "
             "the second stage alone for other pictures in the same layouts: the first does not run again.",
@@ -132,7 +143,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "gaussians": preview(("lights", 0), "their layouts"),
             },
         ),
-        "4 layout of a photo, texture of a class": (
+        "4_layout_of_a_photo_texture_of_a_class": (
             "The shapes of one picture, filled with what a class looks like.\n\nA picture of 256 x 256 px is one tile, "
             "which is what the model generates; in larger ones each tile is drawn by itself.",
             load
@@ -156,7 +167,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "gaussians": preview(("ellipses", 0), "the layout"),
             },
         ),
-        "5 inpaint": (
+        "5_inpaint": (
             "Tokens under the mask are drawn anew; all others stay exactly as they are.\n\nWith *denoise* below 1, "
             "the new "
             "tokens start from the old ones.",
@@ -182,7 +193,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "preview before": preview(("before", 0), "as encoded"),
             },
         ),
-        "6 edit a layout by hand": (
+        "6_edit_a_layout_by_hand": (
             "Queue once: the editor then shows the picture and its Gaussians.\n\nDrag them, pull their handles, "
             "delete or "
             "add some, and queue again. What you did is saved with the workflow.",
@@ -195,7 +206,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "picture": preview(("decoded", 0), "edited"),
             },
         ),
-        "7 merge two pictures": (
+        "7_merge_two_pictures": (
             "Tokens of one picture under the mask, of the other elsewhere.\n\nBoth pictures must have the same size "
             "and "
             "come from the same model.",
@@ -230,7 +241,7 @@ def numbered(workflow: Workflow) -> tuple[Workflow, dict[str, str]]:
 
 
 def arrange(graph: dict[str, Any], text: str) -> dict[str, Any]:
-    """Sets nodes in columns, each right of what it needs, and a note in the top left corner."""
+    """Sets nodes in columns, each right of what it needs and about as high, and a note in the top left corner."""
     nodes = {one["id"]: one for one in graph["nodes"]}
     sources: dict[int, list[int]] = {number: [] for number in nodes}
     for _, source, _, target, *_ in graph["links"]:
@@ -239,25 +250,31 @@ def arrange(graph: dict[str, Any], text: str) -> dict[str, Any]:
     def depth(number: int) -> int:
         return 1 + max(map(depth, sources[number]), default=-1)
 
+    def height_of_sources(number: int) -> float:
+        # The model goes to nearly every node, and would pull all of them up.
+        found = [nodes[one]["pos"][1] for one in sources[number] if nodes[one]["type"] != "LoadGPSToken"]
+        return sum(found) / len(found) if found else 0.0
+
     columns: dict[int, list[int]] = {}
     for number in sorted(nodes):
         columns.setdefault(depth(number), []).append(number)
     left = 0.0
     for column in sorted(columns):
-        top = 190.0 if column == 0 else 0.0  # below the note
-        members = columns[column]
+        top = NOTE_HEIGHT + GAP if column == 0 else 0.0
+        members = sorted(columns[column], key=lambda number: (height_of_sources(number), number))
         for number in members:
-            width, height = nodes[number]["size"]
-            if nodes[number]["type"] == "PreviewImage":
-                width, height = 300, 320
+            width, height = map(max, nodes[number]["size"], SMALLEST.get(nodes[number]["type"], (0, 0)))
             nodes[number].update(pos=[left, top], size=[width, height])
-            top += height + 70
-        left += max(nodes[number]["size"][0] for number in members) + 60
+            # The page's own choice, randomize, would run everything anew on each Queue.
+            values = ["fixed" if value == "randomize" else value for value in nodes[number].get("widgets_values", [])]
+            nodes[number]["widgets_values"] = values
+            top += height + GAP
+        left += max(nodes[number]["size"][0] for number in members) + GAP
     note = {
         "id": max(nodes) + 1,
         "type": "MarkdownNote",
-        "pos": [0, -20],
-        "size": [max(nodes[number]["size"][0] for number in columns[0]), 160],
+        "pos": [0.0, 0.0],
+        "size": [max(nodes[number]["size"][0] for number in columns[0]), NOTE_HEIGHT],
         "flags": {},
         "order": 0,
         "mode": 0,

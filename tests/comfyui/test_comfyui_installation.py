@@ -13,7 +13,7 @@ from comfyui.make_example_workflows import numbered, workflows
 from gpstoken_diffusers.cli.comfyui import FOLDER, VERSION_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
-RECONSTRUCT = numbered(workflows()["1 reconstruct"][1])[0]
+RECONSTRUCT = numbered(workflows()["1_reconstruct"][1])[0]
 # What the nodes need and ComfyUI does not bring.
 OURS = {"accelerate", "cmake", "diffusers", "gpstoken_diffusers", "gpstoken-diffusers", "ninja"}
 

@@ -12,7 +12,7 @@ from comfyui.make_example_workflows import WORKFLOWS, numbered, workflows
 from gpstoken_diffusers.assets import DEMO_PHOTOGRAPH, EXAMPLE_PICTURES
 
 EXAMPLES = workflows()
-NAMES = {name.split(" ", 1)[1]: name for name in EXAMPLES}
+NAMES = {name.split("_", 1)[1]: name for name in EXAMPLES}
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -67,7 +67,7 @@ def test_reconstruction_is_near_the_photograph(results):
 
 def test_a_mask_sharpens_what_it_covers(results):
     original = pixels(Image.open(DEMO_PHOTOGRAPH))
-    shown = results("focus tokens by a mask")
+    shown = results("focus_tokens_by_a_mask")
     inside = np.s_[75:205, 200:430]
     with_mask, without = (psnr(pixels(shown[key][0])[inside], original[inside]) for key in ("picture", "without"))
     assert with_mask > without + 1.5  # dB; 2.1 when this was written
@@ -84,7 +84,7 @@ def test_generated_pictures_differ_and_are_pictures(results):
 
 def test_a_layout_keeps_the_shape_of_its_picture(results):
     """The drawn picture is white where the duck's picture is, and not where the duck is."""
-    picture = pixels(results("layout of a photo, texture of a class")["picture"][0])
+    picture = pixels(results("layout_of_a_photo_texture_of_a_class")["picture"][0])
     duck = np.asarray(Image.open(EXAMPLE_PICTURES["duck"]))[..., 3] > 128
     painted = picture.min(axis=-1) < 215
     assert painted[duck].mean() > painted[~duck].mean() + 0.5
@@ -99,7 +99,7 @@ def test_inpainting_leaves_the_far_field_exactly(results):
 
 
 def test_merging_takes_each_half_from_its_picture(results):
-    merged = pixels(results("merge two pictures")["picture"][0])
+    merged = pixels(results("merge_two_pictures")["picture"][0])
     originals = {}
     for name, path in EXAMPLE_PICTURES.items():
         picture = Image.open(path).convert("RGBA")
@@ -111,7 +111,7 @@ def test_merging_takes_each_half_from_its_picture(results):
 
 
 def test_an_untouched_layout_changes_nothing(results):
-    edited = results("edit a layout by hand")["picture"][0]
+    edited = results("edit_a_layout_by_hand")["picture"][0]
     duck = Image.open(EXAMPLE_PICTURES["duck"])
     white = Image.new("RGBA", duck.size, "white")
     assert psnr(pixels(edited), pixels(Image.alpha_composite(white, duck))) > 26

@@ -1,0 +1,168 @@
+"""What users see of the nodes in the page of a real server: example workflows, help pages, translations."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from comfyui import make_locales
+from comfyui.comfyui_server import NODE_FOLDER
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+DOCS = ROOT / "comfyui_nodes" / "web" / "docs"
+
+_PICTURES_LOADED = """([selector, count]) => {
+    const pictures = [...document.querySelectorAll(selector)];
+    return pictures.length === count && pictures.every(one => one.complete && one.naturalWidth > 0);
+}"""
+_HELP = ".node-help-content"
+
+_NAMES = """node => ({
+    title: LiteGraph.registered_node_types[node].title,
+    inputs: LiteGraph.createNode(node).inputs.map(one => one.localized_name),
+    widgets: LiteGraph.createNode(node).widgets.map(one => one.label),
+    outputs: LiteGraph.createNode(node).outputs.map(one => one.localized_name),
+})"""
+
+
+@pytest.fixture(scope="module")
+def nodes(comfyui_clone) -> dict:
+    return make_locales.our_nodes(comfyui_clone.object_info())
+
+
+# ---- example workflows ----
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflow_runs(comfyui_page_clone, artefacts, path):
+    page = comfyui_page_clone
+    page.open_template(path.stem, NODE_FOLDER)
+    assert page.queue_and_wait(timeout=180)["outcome"] == "success"
+    page.screenshot(artefacts / f"workflow {path.stem}.png")
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_nodes_of_example_workflow_do_not_overlap(path):
+    title = 30  # pixels above a node's position
+    boxes = [
+        (*one["pos"], one["pos"][0] + one["size"][0], one["pos"][1] + one["size"][1])
+        for one in json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    ]
+    for place, (left, top, right, bottom) in enumerate(boxes):
+        for other in boxes[:place]:
+            apart = right <= other[0] or other[2] <= left or bottom <= other[1] - title or other[3] <= top - title
+            assert apart, f"{(left, top, right, bottom)} and {other}"
+
+
+def test_templates_dialog_shows_our_workflows_with_pictures(comfyui_page_clone, artefacts):
+    page = comfyui_page_clone
+    page.open()
+    page.evaluate("() => void app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.page.get_by_role("dialog").first
+    dialog.get_by_text(NODE_FOLDER, exact=True).first.click()
+    for path in WORKFLOWS:
+        dialog.get_by_text(path.stem, exact=True).first.wait_for(timeout=30_000)
+    shown = ["[role=dialog] img", len(WORKFLOWS)]
+    page.page.wait_for_function(_PICTURES_LOADED, arg=shown, timeout=30_000, polling=100)
+    page.screenshot(artefacts / "templates.png", fit=False)
+    page.page.get_by_text(WORKFLOWS[0].stem, exact=True).first.click()
+    page.page.wait_for_function(
+        "() => app.graph.nodes.some(node => node.type === 'GPSEncode')", timeout=30_000, polling=100
+    )
+    assert page.errors == []
+
+
+# ---- help ----
+
+
+def test_every_node_has_a_help_page(nodes):
+    assert {path.stem for path in DOCS.glob("*.md")} == nodes.keys()
+    assert {path.stem for path in (DOCS / "pictures").glob("*.jpg")} == nodes.keys()
+    for name, found in nodes.items():
+        text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {found['display_name']}\n")
+        assert f"](pictures/{name}.jpg)" in text
+        assert (DOCS / "pictures" / f"{name}.jpg").stat().st_size <= 60_000
+        inputs = found["input"].get("required", {}).keys() | found["input"].get("optional", {}).keys()
+        cells = {cell for row in re.findall(r"^\| (`.*?) \|", text, re.M) for cell in re.findall(r"`(\w+)`", row)}
+        assert cells == inputs | set(found["output_name"]), name
+
+
+@pytest.mark.parametrize("node", ["GPSEncode", "GPSLayoutEditor"])
+def test_help_opens_for_a_selected_node(comfyui_page_clone, artefacts, node):
+    page = comfyui_page_clone
+    page.open()
+    add = """node => {
+        app.graph.clear();
+        const added = LiteGraph.createNode(node);
+        added.pos = [100, 200];
+        app.graph.add(added);
+        app.canvas.selectNode(added);
+    }"""
+    page.evaluate(add, node)
+    page.page.locator("[data-testid=info-button]").click()
+    help_page = page.page.locator(_HELP)
+    expected = (DOCS / f"{node}.md").read_text(encoding="utf-8").split("\n")
+    help_page.get_by_role("heading", name=expected[0].removeprefix("# ")).wait_for(timeout=30_000)
+    assert expected[2].split(":")[0] in help_page.inner_text()
+    page.page.wait_for_function(_PICTURES_LOADED, arg=[f"{_HELP} img", 1], timeout=30_000, polling=100)
+    assert f"/docs/pictures/{node}.jpg" in page.page.locator(f"{_HELP} img").get_attribute("src")
+    page.screenshot(artefacts / f"help {node}.png", fit=False)
+    # The page asks for a translated help page first.
+    assert [error for error in page.errors if f"/docs/{node}/en.md" not in error] == []
+
+
+# ---- languages ----
+
+
+def test_english_is_that_of_the_schemas(nodes):
+    assert make_locales.read("en", "nodeDefs.json") == make_locales.english(nodes), (
+        "python tests/comfyui/make_locales.py writes it anew"
+    )
+
+
+@pytest.mark.parametrize("language", make_locales.LANGUAGES)
+def test_language_has_all_texts(comfyui_clone, nodes, language):
+    own = make_locales.paths(make_locales.read(language, "nodeDefs.json"))
+    assert own.keys() == make_locales.paths(make_locales.english(nodes)).keys()
+    main = make_locales.paths(make_locales.read(language, "main.json"))
+    # Parts such as "edit" are left alone: other packs have such categories, and the page knows one text for all.
+    assert {key for key in main if "nodeCategories" in key} == {"nodeCategories.GPSToken"}
+    assert main.keys() == make_locales.paths(make_locales.read("en", "main.json")).keys()
+    for path, text in (own | main).items():
+        assert text.strip(), path
+        assert not set(text) & set("@{}|"), f"{path}: the page takes these for its own syntax"
+    served = comfyui_clone.get_json("/i18n")[language]
+    assert make_locales.paths(served["nodeDefs"]).items() >= own.items()
+
+
+@pytest.mark.parametrize("language", [language for language in make_locales.LANGUAGES if language != "en"])
+def test_translations_differ_from_english(language):
+    english = make_locales.paths(make_locales.read("en", "nodeDefs.json"))
+    own = make_locales.paths(make_locales.read(language, "nodeDefs.json"))
+    same = {path for path, text in own.items() if text == english[path]}
+    assert all(path.endswith(".name") for path in same), same  # short names may agree: "Sampler", "dx"
+
+
+def test_page_speaks_german(comfyui_page_clone, artefacts):
+    page = comfyui_page_clone
+    expected = make_locales.read("de", "nodeDefs.json")["GPSDecode"]
+    try:
+        page.server.post_json("/settings", {"Comfy.Locale": "de"})
+        page.open()
+        page.open_workflow(WORKFLOWS[0])
+        shown = page.evaluate(_NAMES, "GPSDecode")
+        page.screenshot(artefacts / "german.png")
+    finally:
+        page.server.post_json("/settings", {"Comfy.Locale": "en"})
+    names = {name: one["name"] for name, one in expected["inputs"].items()}
+    assert shown["title"] == expected["display_name"] == "GPS dekodieren"
+    assert sorted(shown["inputs"]) == sorted(names.values())
+    assert shown["widgets"] == [names[name] for name in ("width", "height", "scaling", "tiling")]
+    assert shown["outputs"] == [expected["outputs"]["0"]["name"]]
+    assert page.errors == []
