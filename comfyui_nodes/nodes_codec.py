@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.utils
+import torch
 from comfy_api.v0_0_2 import io
 
 from .images import fitting_mask, from_image, to_image
@@ -81,7 +82,7 @@ class GPSEncode(io.ComfyNode):
         autoencoder = model.autoencoder()
         pixels = features["pixel_values"].to(model.load_device, autoencoder.dtype)
         tokens = autoencoder.encode(pixels, features["geometry"], features["regions"]).tokens
-        tokens = tokens.cpu()
+        tokens = tokens.to("cpu", torch.float32)  # whatever the networks compute in: tokens of two models mix
         layout = tokens.with_tiles(features["geometry"], features["geometry"][..., :1] * 0)
         return io.NodeOutput(tokens, layout)
 
