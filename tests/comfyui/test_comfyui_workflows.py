@@ -77,7 +77,7 @@ def test_generated_pictures_differ_and_are_pictures(results):
     pictures = [pixels(one) for one in results("generate")["picture"]]
     assert len(pictures) == 4 and all(one.shape == (256, 256, 3) for one in pictures)
     for number, one in enumerate(pictures):
-        assert one.std() > 20
+        assert one.std() > 8  # a white sheet has less than 2; some emoji are pale
         assert one[:4].mean() > 235  # emoji lie on white
         assert all(psnr(one, other) < 25 for other in pictures[:number])
 
