@@ -5,15 +5,20 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Generator, Tensor
 
 from ..schedulers.flow_time import data_times, set_timesteps, to_model_output
 
+if TYPE_CHECKING:
+    from ..tokens import GPSTokens
+
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 Labels = int | str | Sequence[int | str] | Tensor | None
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def sample_generators(generator: Generator | Sequence[Generator] | None, batch_size: int) -> list[Generator]:
@@ -193,3 +198,80 @@ def integrate_flow(
             return stepped
         latents = kept
     return latents
+
+
+class FlowSamplingMixin:
+    """The loop of both stages, for pipelines: a progress bar, callbacks, and stopping between two steps."""
+
+    _callback_tensor_inputs = ["latents", "tokens"]
+    _interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` (in a callback, say) to stop after the current step."""
+        return self._interrupt
+
+    def _sample(
+        self,
+        stage: str,
+        scheduler: SchedulerMixin,
+        network: Callable[[Tensor, Tensor, Tensor], Tensor],
+        shape: tuple[int, int],
+        labels: Sequence[int],
+        null_class: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        generator: Generator | Sequence[Generator] | None,
+        latents: Tensor | None,
+        strength: float = 1.0,
+        tokens_of: Callable[[Tensor], GPSTokens] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """Noise to latents (B, *shape) float32 with a progress bar named after the stage.
+
+        `tokens_of` makes tokens of pictures of such latents, for the callback.
+        """
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs can name {', '.join(self._callback_tensor_inputs)}, got "
+                f"{', '.join(sorted(unknown))}."
+            )
+        device = self._execution_device
+        generators = sample_generators(generator, len(labels))
+        if latents is None:
+            latents = draw_noise(generators, shape, device)
+        elif latents.shape != (len(labels), *shape):
+            raise ValueError(
+                f"latents of the {stage} stage must have the shape {(len(labels), *shape)}, got {tuple(latents.shape)}."
+            )
+        class_labels = torch.tensor(labels, device=device)
+        velocity = guided_velocity(network, class_labels, null_class, guidance_scale, guidance_interval)
+        self._interrupt = False
+        with self.progress_bar(total=num_inference_steps) as progress:
+            progress.set_description(stage)
+            if hasattr(scheduler, "integrate"):
+                progress.total = None  # nobody knows how many steps it will take
+
+            def on_step(number: int, time: float, timestep: Tensor, latents: Tensor, denoised: Tensor) -> Tensor | None:
+                if number == 0 and progress.total is not None:
+                    # Some of the way may be left out, and some schedulers evaluate twice in a step.
+                    progress.total = len(scheduler.timesteps) - scheduler.begin_index
+                progress.update()
+                if callback_on_step_end is not None:
+                    makers = {"latents": lambda: latents, "tokens": lambda: tokens_of(denoised)}
+                    given = {name: makers[name]() for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, number, timestep, given).get("latents", latents)
+                return None if self.interrupt else latents
+
+            return integrate_flow(
+                scheduler,
+                velocity,
+                latents.to(device, torch.float32),
+                num_inference_steps,
+                generators,
+                on_step,
+                strength,
+            )

@@ -20,22 +20,13 @@ from ..models.transformer_gpstoken import GPSTokenTransformerModel
 from ..models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
 from ..ops.calibration import calibrate_layout
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
-from .flow_sampling import (
-    Labels,
-    draw_noise,
-    guided_velocity,
-    integrate_flow,
-    label_ids,
-    sample_generators,
-)
+from .flow_sampling import FlowSamplingMixin, Labels, StepCallback, label_ids, sample_generators
 from .portable_folder import PortableFolderMixin
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
-
-StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass
@@ -54,7 +45,7 @@ class GPSTokenPipelineOutput(BaseOutput):
     layout: Tensor
 
 
-class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
+class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline):
     r"""Generates pictures in two stages (arXiv 2509.01109): a layout of Gaussians, then a texture for each of them.
 
     Args:
@@ -71,7 +62,6 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "layout_model->transformer->autoencoder"
     _optional_components = ["layout_model", "layout_scheduler"]
-    _callback_tensor_inputs = ["latents", "tokens"]
 
     def __init__(
         self,
@@ -100,17 +90,11 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
             )
         # JSON has only strings for keys.
         self.register_to_config(id2label={str(number): name for number, name in (id2label or {}).items()})
-        self._interrupt = False
 
     @property
     def id2label(self) -> dict[int, str]:
         """Names of the classes by number."""
         return {int(number): name for number, name in self.config.id2label.items()}
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` (in a callback, say) to stop after the current step."""
-        return self._interrupt
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
@@ -383,72 +367,3 @@ class GPSTokenPipeline(PortableFolderMixin, DiffusionPipeline):
         """Makes the pictures of tokens: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), in [0, 1]."""
         tokens = tokens.to(self._execution_device, self.autoencoder.dtype)
         return self.image_processor.postprocess(self.autoencoder.decode(tokens).sample, output_type)
-
-    # ------------------------------------------------------------------ the loop of both stages
-
-    def _sample(
-        self,
-        stage: str,
-        scheduler: SchedulerMixin,
-        network: Callable[[Tensor, Tensor, Tensor], Tensor],
-        shape: tuple[int, int],
-        labels: Sequence[int],
-        null_class: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        generator: Generator | Sequence[Generator] | None,
-        latents: Tensor | None,
-        strength: float = 1.0,
-        tokens_of: Callable[[Tensor], GPSTokens] | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Tensor:
-        """Noise to latents (B, *shape) float32 with a progress bar named after the stage.
-
-        `tokens_of` makes tokens of pictures of such latents, for the callback.
-        """
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs can name {', '.join(self._callback_tensor_inputs)}, got "
-                f"{', '.join(sorted(unknown))}."
-            )
-        device = self._execution_device
-        generators = sample_generators(generator, len(labels))
-        if latents is None:
-            latents = draw_noise(generators, shape, device)
-        elif latents.shape != (len(labels), *shape):
-            raise ValueError(
-                f"latents of the {stage} stage must have the shape {(len(labels), *shape)}, got {tuple(latents.shape)}."
-            )
-        class_labels = torch.tensor(labels, device=device)
-        velocity = guided_velocity(network, class_labels, null_class, guidance_scale, guidance_interval)
-        self._interrupt = False
-        with self.progress_bar(total=num_inference_steps) as progress:
-            progress.set_description(stage)
-            if hasattr(scheduler, "integrate"):
-                progress.total = None  # nobody knows how many steps it will take
-
-            def on_step(
-                number: int, time: float, timestep: Tensor, latents: Tensor, denoised: Tensor
-            ) -> Tensor | None:
-                if number == 0 and progress.total is not None:
-                    # Some of the way may be left out, and some schedulers evaluate twice in a step.
-                    progress.total = len(scheduler.timesteps) - scheduler.begin_index
-                progress.update()
-                if callback_on_step_end is not None:
-                    makers = {"latents": lambda: latents, "tokens": lambda: tokens_of(denoised)}
-                    given = {name: makers[name]() for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, number, timestep, given).get("latents", latents)
-                return None if self.interrupt else latents
-
-            return integrate_flow(
-                scheduler,
-                velocity,
-                latents.to(device, torch.float32),
-                num_inference_steps,
-                generators,
-                on_step,
-                strength,
-            )

@@ -13,8 +13,8 @@ from ..layout_bank import LayoutBank
 from ..schedulers.flow_time import data_times, mix_noise, set_timesteps
 from ..token_matching import swap_texture
 from ..tokens import GPSTokens
-from .flow_sampling import Labels, draw_noise, sample_generators
-from .pipeline_gpstoken import OUTPUT_TYPES, GPSTokenPipeline, GPSTokenPipelineOutput, StepCallback
+from .flow_sampling import Labels, StepCallback, draw_noise, sample_generators
+from .pipeline_gpstoken import OUTPUT_TYPES, GPSTokenPipeline, GPSTokenPipelineOutput
 
 
 class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
@@ -199,9 +199,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
     # ------------------------------------------------------------------ pictures to latents
 
     @torch.no_grad()
-    def encode(
-        self, image: ImageLike | Sequence[ImageLike], num_tokens: int | None = None
-    ) -> tuple[GPSTokens, Tensor]:
+    def encode(self, image: ImageLike | Sequence[ImageLike], num_tokens: int | None = None) -> tuple[GPSTokens, Tensor]:
         """The tokens of pictures, and the layouts that they were refined from.
 
         Args:

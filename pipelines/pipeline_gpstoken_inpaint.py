@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 from ..image_processor import ImageLike
 from ..token_editing import select_by_mask
 from ..tokens import GPSTokens
-from .flow_sampling import Labels
-from .pipeline_gpstoken import GPSTokenPipelineOutput, StepCallback
+from .flow_sampling import Labels, StepCallback
+from .pipeline_gpstoken import GPSTokenPipelineOutput
 from .pipeline_gpstoken_img2img import GPSTokenImg2ImgPipeline
 
 
