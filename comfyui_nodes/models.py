@@ -161,11 +161,11 @@ class Progress:
         self._bar = comfy.utils.ProgressBar(total)
         self._done = 0
 
-    def step(self, preview=None) -> None:
-        """One step is done. Raises ComfyUI's interruption if the user has cancelled."""
+    def step(self, preview=None, total: int | None = None) -> None:
+        """One step is done, of `total` if it is another than before. Raises ComfyUI's interruption on Cancel."""
         memory.throw_exception_if_processing_interrupted()
         self._done += 1
-        self._bar.update_absolute(self._done, preview=preview)
+        self._bar.update_absolute(self._done, total, preview)
 
 
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))

@@ -20,7 +20,7 @@ def num_tokens_input(default: int) -> io.Input:
         default=default,
         min=1,
         max=4096,
-        tooltip="Tokens for each 256 x 256 px of the picture. More of them keep more detail.",
+        tooltip="Tokens for each 256 x 256 px of the picture, at most 1024. More of them keep more detail.",
     )
 
 
@@ -28,7 +28,7 @@ def importance_inputs() -> list[io.Input]:
     """A mask that draws tokens, and how strongly."""
     return [
         io.Mask.Input(
-            "importance", optional=True, tooltip="Draws tokens to where it is bright. It has the picture's size."
+            "importance", optional=True, tooltip="A mask of the picture's size. Tokens go where it is bright."
         ),
         io.Float.Input(
             "importance_strength",
@@ -37,7 +37,7 @@ def importance_inputs() -> list[io.Input]:
             max=1000.0,
             step=0.5,
             optional=True,
-            tooltip="How strongly: at 1, a pixel of the mask brings as much as an average pixel's own detail.",
+            tooltip="How strongly the mask draws tokens. At 1 it counts as much as the detail of an average pixel.",
         ),
     ]
 
@@ -60,7 +60,7 @@ class GPSEncode(io.ComfyNode):
             node_id="GPSEncode",
             display_name="GPS Encode",
             category="GPSToken",
-            description="Turns a picture into Gaussian tokens: where each lies, how large it is, and what it shows.",
+            description="Turns a picture into Gaussian tokens: where each lies, its size and shape, and what it shows.",
             inputs=[
                 model_input(),
                 io.Image.Input("image", tooltip="Pictures of any size; large ones are cut into tiles."),
@@ -96,17 +96,17 @@ class GPSDecode(io.ComfyNode):
             node_id="GPSDecode",
             display_name="GPS Decode",
             category="GPSToken",
-            description="Paints the picture of tokens, at its own size or at another.",
+            description="Paints a picture from its tokens, at its own size or at another.",
             inputs=[
                 model_input(),
-                GPSTokensSocket.Input("tokens"),
+                GPSTokensSocket.Input("tokens", tooltip="What to paint, made by the same model."),
                 io.Int.Input(
                     "width",
                     default=0,
                     min=0,
                     max=16384,
                     optional=True,
-                    tooltip="Pixels; 0 is the picture's own width, or what keeps its shape.",
+                    tooltip="Pixels. 0: the picture's own width, or what fits the height.",
                 ),
                 io.Int.Input(
                     "height",
@@ -114,7 +114,7 @@ class GPSDecode(io.ComfyNode):
                     min=0,
                     max=16384,
                     optional=True,
-                    tooltip="Pixels; 0 is the picture's own height, or what keeps its shape.",
+                    tooltip="Pixels. 0: the picture's own height, or what fits the width.",
                 ),
                 io.Combo.Input(
                     "scaling",
@@ -122,8 +122,8 @@ class GPSDecode(io.ComfyNode):
                     default="resample",
                     optional=True,
                     tooltip=(
-                        "For another size. resample: paint at the own size, then scale the picture. render: paint the "
-                        "Gaussians at that size; edges are crisper, but networks were trained at one scale."
+                        "For another size. resample: paint at the picture's own size, then scale. render: paint the "
+                        "Gaussians at the new size; edges are crisper, but the networks were trained at one scale."
                     ),
                 ),
                 io.Combo.Input(
@@ -133,11 +133,11 @@ class GPSDecode(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "For large pictures. merge: one canvas, no seams. tile: each tile by itself, as it was "
-                        "encoded. auto: as the model is configured; gpstoken-mini never has seams."
+                        "encoded. auto: as the model is configured. gpstoken-mini always merges."
                     ),
                 ),
             ],
-            outputs=[io.Image.Output("image_out", display_name="image")],
+            outputs=[io.Image.Output("image_out", display_name="image", tooltip="The picture, or the batch.")],
         )
 
     @classmethod

@@ -28,12 +28,14 @@ class GPSEditTokens(io.ComfyNode):
             display_name="GPS Edit Tokens",
             category="GPSToken/edit",
             description=(
-                "Moves, scales, turns, mirrors, duplicates or deletes tokens: all, those under a mask, those of "
+                "Moves, scales, turns, mirrors, duplicates or deletes tokens: all, those under a mask, or those of "
                 "a certain size. With gpstoken-mini, pixels far from them stay exactly as they are."
             ),
             inputs=[
-                GPSTokensSocket.Input("tokens"),
-                io.Combo.Input("action", options=ACTIONS, default="move", tooltip="What to do with selected tokens."),
+                GPSTokensSocket.Input("tokens", tooltip="The picture to change."),
+                io.Combo.Input(
+                    "action", options=ACTIONS, default="move", tooltip="What to do with the selected tokens."
+                ),
                 io.Mask.Input("mask", optional=True, tooltip="Selects the tokens under it. Without it: all."),
                 io.Combo.Input(
                     "mask_selects",
@@ -79,7 +81,13 @@ class GPSEditTokens(io.ComfyNode):
                     tooltip="For move and duplicate: pixels down.",
                 ),
                 io.Float.Input(
-                    "factor", default=1.5, min=0.01, max=100.0, step=0.05, optional=True, tooltip="For scale."
+                    "factor",
+                    default=1.5,
+                    min=0.01,
+                    max=100.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="For scale: above 1 enlarges, below 1 shrinks, about the middle of what is selected.",
                 ),
                 io.Float.Input(
                     "degrees",
@@ -88,7 +96,7 @@ class GPSEditTokens(io.ComfyNode):
                     max=360.0,
                     step=5.0,
                     optional=True,
-                    tooltip="For rotate: counter-clockwise. Gaussians turn; what each shows stays upright.",
+                    tooltip="For rotate: counter-clockwise. The Gaussians turn, but what each shows stays upright.",
                 ),
             ],
             outputs=[tokens_output()],
@@ -143,9 +151,9 @@ class GPSMergeTokens(io.ComfyNode):
             category="GPSToken/edit",
             description="Puts two pictures together: tokens of one under a mask, of the other elsewhere.",
             inputs=[
-                GPSTokensSocket.Input("outside", tooltip="The picture away from the mask."),
+                GPSTokensSocket.Input("outside", tooltip="The picture outside the mask."),
                 GPSTokensSocket.Input("inside", tooltip="The picture under the mask, of the same size."),
-                io.Mask.Input("mask", tooltip="Of the pictures' size."),
+                io.Mask.Input("mask", tooltip="A mask of the pictures' size."),
             ],
             outputs=[tokens_output()],
         )
@@ -167,10 +175,10 @@ class GPSSwapTexture(io.ComfyNode):
             node_id="GPSSwapTexture",
             display_name="GPS Swap Texture",
             category="GPSToken/edit",
-            description="Gives the Gaussians of one picture what those nearest to them show in another.",
+            description="Fills the Gaussians of one picture with what their counterparts show in another.",
             inputs=[
-                GPSTokensSocket.Input("geometry", tooltip="Where Gaussians lie."),
-                GPSTokensSocket.Input("texture", tooltip="What they show; with as many tokens."),
+                GPSTokensSocket.Input("geometry", tooltip="The picture whose Gaussians stay."),
+                GPSTokensSocket.Input("texture", tooltip="The picture whose textures they get, with as many tokens."),
             ],
             outputs=[tokens_output()],
         )
@@ -191,11 +199,13 @@ class GPSInterpolate(io.ComfyNode):
             node_id="GPSInterpolate",
             display_name="GPS Interpolate",
             category="GPSToken/edit",
-            description="Pictures between two: every Gaussian travels to its counterpart. Decode them as a batch.",
+            description="Makes a batch of pictures between two: every Gaussian travels to its counterpart.",
             inputs=[
                 GPSTokensSocket.Input("first", tooltip="One picture."),
                 GPSTokensSocket.Input("last", tooltip="Another, with as many tokens."),
-                io.Int.Input("frames", default=8, min=1, max=256, tooltip="Pictures, the two ends among them."),
+                io.Int.Input(
+                    "frames", default=8, min=1, max=256, tooltip="Number of pictures, first and last included."
+                ),
                 io.Float.Input(
                     "start",
                     default=0.0,
@@ -203,7 +213,7 @@ class GPSInterpolate(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Where on the way the first frame is. A single frame is taken there.",
+                    tooltip="Where on the way the first frame is, from 0 to 1. A single frame is taken there.",
                 ),
                 io.Float.Input(
                     "end", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Where the last frame is."

@@ -19,7 +19,7 @@ class GPSExampleImage(io.ComfyNode):
             node_id="GPSExampleImage",
             display_name="GPS Example Image",
             category="GPSToken/files",
-            description="A picture that ships with GPSToken. Put Load Image in its place for your own.",
+            description="A picture that ships with GPSToken. For your own, put Load Image in its place.",
             inputs=[
                 io.Combo.Input(
                     "picture",
@@ -29,8 +29,8 @@ class GPSExampleImage(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.Image.Output("image_out", display_name="image", tooltip="Laid on white."),
-                io.Mask.Output("mask_out", display_name="mask", tooltip="Where there is something: the emoji's shape."),
+                io.Image.Output("image_out", display_name="image", tooltip="The picture, on white."),
+                io.Mask.Output("mask_out", display_name="mask", tooltip="The emoji's shape; all of the photograph."),
             ],
         )
 

@@ -25,13 +25,13 @@ class SaveGPSTokens(io.ComfyNode):
             node_id="SaveGPSTokens",
             display_name="Save GPS Tokens",
             category="GPSToken/files",
-            description="Writes tokens to a safetensors file in ComfyUI's output folder, whole or not at all.",
+            description="Writes tokens to a safetensors file in ComfyUI's output folder, completely or not at all.",
             inputs=[
                 GPSTokensSocket.Input("tokens", tooltip="A batch goes into one file."),
                 io.String.Input(
                     "filename_prefix",
                     default="gpstoken/tokens",
-                    tooltip="Name within the output folder; a number is added. %year%-%month%-%day% and the like work.",
+                    tooltip="Name within the output folder. A number is added; %year%, %month%, %day% are replaced.",
                 ),
             ],
             outputs=[],
@@ -57,15 +57,19 @@ class LoadGPSTokens(io.ComfyNode):
             node_id="LoadGPSTokens",
             display_name="Load GPS Tokens",
             category="GPSToken/files",
-            description="Reads tokens from ComfyUI's input folder, or from the output folder of Save GPS Tokens.",
+            description="Reads tokens that Save GPS Tokens wrote, from ComfyUI's input or output folder.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=list_files(),
-                    tooltip="Press R in the page to see files that were added meanwhile.",
+                    tooltip="A file of tokens. Press R to see files that were added meanwhile.",
                 ),
             ],
-            outputs=[GPSTokensSocket.Output("tokens_out", display_name="tokens")],
+            outputs=[
+                GPSTokensSocket.Output(
+                    "tokens_out", display_name="tokens", tooltip="For GPS Decode, with the model that made them."
+                )
+            ],
         )
 
     @classmethod

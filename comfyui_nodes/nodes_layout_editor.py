@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     import torch
 
     from gpstoken_diffusers import GPSTokens
+    from gpstoken_diffusers.layout_edits import LayoutEdits
 
 DIGITS = 6  # of what the page shows; Gaussians that nobody touches keep all theirs
+FOREIGN_EDITS = (
+    "the edits in GPS Layout Editor were made on another layout, of another picture or seed, and are not applied: "
+    "press Apply anyway or Reset in the editor, or bring that layout back."
+)
 
 
 class GPSLayoutEditor(io.ComfyNode):
@@ -55,20 +60,33 @@ class GPSLayoutEditor(io.ComfyNode):
         from gpstoken_diffusers import GPSTokens
         from gpstoken_diffusers.layout_edits import LayoutEdits
 
-        edited = LayoutEdits.parse(edits).apply(tokens.validate())
+        edits = LayoutEdits.parse(edits)
+        view = {"layout_editor": [shown(tokens.validate(), image, edits)]}
+        if edits.is_foreign_to(tokens):
+            # Not an error of this node: the page would then keep showing the layout of before, and nobody could choose.
+            blocker = ExecutionBlocker(FOREIGN_EDITS)
+            return io.NodeOutput(blocker, blocker, ui=view)
+        edited = edits.apply(tokens)
         layout = GPSTokens.from_geometry(edited.geometry, edited.image_size, edited.tile_grid, edited.canvas_size)
         if tokens.is_layout:
             edited = ExecutionBlocker(
                 "the editor was given a layout, which has no textures: connect its output layout, or give it tokens."
             )
-        return io.NodeOutput(edited, layout, ui={"layout_editor": [shown(tokens, image)]})
+        return io.NodeOutput(edited, layout, ui=view)
 
 
-def shown(tokens: GPSTokens, image: torch.Tensor | None) -> dict:
-    """What the page draws: the first picture's Gaussians before all edits, and what lies behind them."""
+def shown(tokens: GPSTokens, image: torch.Tensor | None, edits: LayoutEdits) -> dict:
+    """What the page draws: the first picture's Gaussians before all edits, and what lies behind them.
+
+    The page takes the edits to be of this layout if they have its fingerprint to the digit, so that only
+    `is_foreign_to` knows of tolerances: a layout that the edits fit gets the fingerprint that they carry.
+    """
+    from gpstoken_diffusers.layout_edits import layout_fingerprint
     from gpstoken_diffusers.token_editing import deleted_tokens
 
     first = tokens[0]
+    known = edits.fingerprint is not None and not edits.is_empty and edits.num_tokens == tokens.num_tokens
+    fits = known and not edits.is_foreign_to(first)
     rows = [[round(number, DIGITS) for number in row] for row in first.geometry[0].tolist()]
     gone = deleted_tokens(first)[0].tolist()
     background = None if image is None else ui.PreviewImage(image[:1, ..., :3]).values[0]
@@ -76,5 +94,6 @@ def shown(tokens: GPSTokens, image: torch.Tensor | None) -> dict:
         "geometry": [None if dead else row for row, dead in zip(rows, gone, strict=True)],
         "image_size": list(tokens.image_size),
         "canvas_size": list(tokens.canvas_size),
+        "fingerprint": list(edits.fingerprint if fits else layout_fingerprint(first)),
         "background": background,
     }

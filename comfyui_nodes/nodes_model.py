@@ -26,7 +26,7 @@ class LoadGPSToken(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=list_models(),
-                    tooltip="gpstoken-mini encodes, generates and decodes. Single files are tokenizers alone.",
+                    tooltip="gpstoken-mini encodes, generates and decodes. Single files only encode and decode.",
                 ),
                 io.Combo.Input(
                     "dtype",

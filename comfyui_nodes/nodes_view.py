@@ -22,24 +22,32 @@ class GPSVisualize(io.ComfyNode):
             category="GPSToken",
             description="Draws Gaussians as ellipses or as lights, over a picture or alone.",
             inputs=[
-                io.MultiType.Input(
-                    "tokens", [GPSTokensSocket, GPSLayoutSocket], tooltip="Tokens, or a layout without textures."
-                ),
+                io.MultiType.Input("tokens", [GPSTokensSocket, GPSLayoutSocket], tooltip="Tokens, or a layout."),
                 io.Combo.Input(
                     "style",
                     options=STYLES,
                     default="ellipses",
-                    tooltip="ellipses: outlines. glow: lights on a dark ground, which take the picture's colours.",
+                    tooltip="ellipses: outlines. glow: lights on a dark ground, in the picture's colours.",
                 ),
                 io.Image.Input("image", optional=True, tooltip="What to draw over, or to take colours from."),
                 io.Int.Input(
-                    "width", default=0, min=0, max=16384, optional=True, tooltip="Pixels; 0 is the picture's own."
+                    "width",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    optional=True,
+                    tooltip="Pixels. 0: the picture's own width, or what fits the height.",
                 ),
                 io.Int.Input(
-                    "height", default=0, min=0, max=16384, optional=True, tooltip="Pixels; 0 is the picture's own."
+                    "height",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    optional=True,
+                    tooltip="Pixels. 0: the picture's own height, or what fits the width.",
                 ),
             ],
-            outputs=[io.Image.Output("image_out", display_name="image")],
+            outputs=[io.Image.Output("image_out", display_name="image", tooltip="For Preview Image or Save Image.")],
         )
 
     @classmethod

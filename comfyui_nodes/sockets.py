@@ -41,10 +41,13 @@ def seed_input() -> io.Input:
         min=0,
         max=2**53 - 1,  # what JavaScript holds exactly
         control_after_generate=True,
-        tooltip="The same seed gives the same picture on every machine. Picture k of a batch has the seed + k.",
+        tooltip=(
+            "The same seed gives the same result on every machine, but for rounding. In a batch it rises by 1 with "
+            "each picture."
+        ),
     )
 
 
 def steps_input() -> io.Input:
     """Steps of the sampler."""
-    return io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps from noise to data. 20 are plenty.")
+    return io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps from noise to the result. 20 are plenty.")

@@ -2,10 +2,14 @@
 
 It is a state, not a list of operations: where changed Gaussians lie now, which ones are gone, and which came. However
 long somebody edits, the text stays as short as the result is simple.
+
+Edits name tokens by their index, which says nothing about a picture that has another layout. So they carry a
+fingerprint of the one that they were made on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,15 +20,47 @@ import torch
 from .token_editing import bounded, deleted_tokens, exchange_tokens
 from .tokens import GEOMETRY_CHANNELS, RHO, SIGMA, GPSTokens
 
-VERSION = 1
+VERSION = 2
+_VERSION_WITHOUT_FINGERPRINT = 1
 
 # In canvas coordinates, in which the picture spans 2: far beyond what an editor makes, well within float32.
 _LARGEST = 100.0
 _KEYS = ("version", "num_tokens", "changed", "deleted", "added")
+
+# Root mean square difference of two layouts' geometry up to which they count as the same. Networks that compute in
+# bfloat16 instead of float32 make 2e-4. A change of a few pixels that reorders the partition, by which a token's index
+# comes to name another one, makes 0.05 or more, other pictures 0.4 (all measured with gpstoken-mini, 16 to 256 tokens).
+_SAME_LAYOUT = 0.01
+_FINGERPRINT_UNIT = 1e-4  # so that a fingerprint is short integers, which pass through JSON and the page unchanged
+_FINGERPRINT_NUMBERS = 8
+
 _ADVICE = "Press Reset in the editor."
 
 Geometry = tuple[float, float, float, float, float]
 """(sigma_x, sigma_y, rho, x, y) in the canvas coordinates of GPSTokens."""
+
+Fingerprint = tuple[int, ...]
+"""What [`layout_fingerprint`] gives."""
+
+
+def layout_fingerprint(tokens: GPSTokens) -> Fingerprint:
+    """Eight integers that tell the layout of one picture from others; textures do not count.
+
+    Each is a sum of all numbers of the geometry with signs that are random, but always the same, over the square root
+    of how many they are, in units of 1e-4. The mean square difference of two fingerprints then estimates that of the
+    geometries, so that they can be compared with a tolerance. A hash could not: of some hundred rounded numbers, one
+    lies so near to a rounding border that the noise of another machine's arithmetic changes it.
+
+    Raises ValueError: several pictures.
+    """
+    if tokens.batch_size != 1:
+        raise ValueError(f"A fingerprint is of one picture, these are {tokens.batch_size}: index the tokens first.")
+    numbers = tokens.geometry[0].detach().to("cpu", torch.float64).flatten()
+    # Bit k of byte i is the sign of number i in sum k. Torch's generator may give other numbers in other versions.
+    noise = hashlib.shake_256(b"gpstoken layout").digest(len(numbers))
+    bits = torch.frombuffer(bytearray(noise), dtype=torch.uint8)[:, None] >> torch.arange(_FINGERPRINT_NUMBERS) & 1
+    sums = (1.0 - 2.0 * bits.double()).T @ numbers / len(numbers) ** 0.5
+    return tuple(round(value / _FINGERPRINT_UNIT) for value in sums.tolist())
 
 
 @dataclass(frozen=True)
@@ -39,20 +75,23 @@ class AddedToken:
 class LayoutEdits:
     """Changes to the Gaussians of one picture; `LayoutEdits()` is none.
 
-    As text: {"version": 1, "num_tokens": N, "changed": {"index": [sigma_x, sigma_y, rho, x, y], ...},
-    "deleted": [index, ...], "added": [{"from": index, "geometry": [sigma_x, sigma_y, rho, x, y]}, ...]}.
+    As text: {"version": 2, "num_tokens": N, "fingerprint": [8 integers] or null,
+    "changed": {"index": [sigma_x, sigma_y, rho, x, y], ...}, "deleted": [index, ...],
+    "added": [{"from": index, "geometry": [sigma_x, sigma_y, rho, x, y]}, ...]}. Text of version 1 has no fingerprint.
 
     Attributes:
         num_tokens: how many tokens the picture has that was edited; all indices count those, from 0.
         changed: index -> where that token lies now.
         deleted: indices of tokens that are gone; none of them is in `changed`.
         added: tokens that came, in their order; the source of one may be deleted or changed.
+        fingerprint: [`layout_fingerprint`] of the layout that was edited; None takes any with as many tokens.
     """
 
     num_tokens: int = 0
     changed: Mapping[int, Geometry] = field(default_factory=dict)
     deleted: tuple[int, ...] = ()
     added: tuple[AddedToken, ...] = ()
+    fingerprint: Fingerprint | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -73,12 +112,13 @@ class LayoutEdits:
             _refuse(f"they are not JSON: {error}")
         if not isinstance(state, dict):
             _refuse(f"they are not a JSON object but {_shown(state)}")
-        if "version" in state and (type(state["version"]) is not int or state["version"] != VERSION):
+        version = state.get("version", VERSION)
+        if type(version) is not int or version not in (_VERSION_WITHOUT_FINGERPRINT, VERSION):
             raise ValueError(
-                f"The edits are of version {_shown(state['version'])}, this package knows {VERSION}: update "
+                f"The edits are of version {_shown(version)}, this package knows those up to {VERSION}: update "
                 "gpstoken_diffusers, or press Reset in the editor."
             )
-        _check_keys(state, _KEYS, "they")
+        _check_keys(state, _KEYS if version == _VERSION_WITHOUT_FINGERPRINT else (*_KEYS, "fingerprint"), "they")
         num_tokens = state["num_tokens"]
         if type(num_tokens) is not int or num_tokens < 1:
             _refuse(f"num_tokens must be an integer of at least 1, not {_shown(num_tokens)}")
@@ -94,7 +134,7 @@ class LayoutEdits:
         if both := sorted(changed.keys() & set(deleted)):
             _refuse(f"token {both[0]} is both changed and deleted")
         added = tuple(_added(value, place, num_tokens) for place, value in enumerate(state["added"]))
-        return cls(num_tokens, changed, deleted, added)
+        return cls(num_tokens, changed, deleted, added, _fingerprint(state.get("fingerprint")))
 
     def to_json(self) -> str:
         """Compact text for `parse`; empty if nothing is edited."""
@@ -103,11 +143,25 @@ class LayoutEdits:
         state = {
             "version": VERSION,
             "num_tokens": self.num_tokens,
+            "fingerprint": None if self.fingerprint is None else list(self.fingerprint),
             "changed": {str(index): list(geometry) for index, geometry in self.changed.items()},
             "deleted": list(self.deleted),
             "added": [{"from": token.source, "geometry": list(token.geometry)} for token in self.added],
         }
         return json.dumps(state, separators=(",", ":"))
+
+    def is_foreign_to(self, tokens: GPSTokens) -> bool:
+        """Whether they were made on another layout, which has as many tokens as this picture by chance.
+
+        Never if they change nothing or have no fingerprint. Pictures to which they cannot be applied at all (several,
+        or another number of tokens) are not meant: `apply` refuses those.
+        """
+        if self.is_empty or self.fingerprint is None or (tokens.batch_size, tokens.num_tokens) != (1, self.num_tokens):
+            return False
+        pairs = zip(self.fingerprint, layout_fingerprint(tokens), strict=True)
+        # Integers all along: what text says may be too large for a float.
+        largest = round(_SAME_LAYOUT / _FINGERPRINT_UNIT) ** 2
+        return sum((one - other) ** 2 for one, other in pairs) > _FINGERPRINT_NUMBERS * largest
 
     def apply(self, tokens: GPSTokens) -> GPSTokens:
         """The edited picture.
@@ -119,7 +173,8 @@ class LayoutEdits:
             added ones, tile by tile; an added token belongs to the tile of its source. Deleted tokens are taken out,
             but for what tiles need to hold equally many. sigma >= 1e-5 and |rho| <= 1 - 1e-6 where they are edited.
 
-        Raises ValueError: several pictures, another number of tokens than that edited, edits of tokens that were
+        Raises ValueError: several pictures, another number of tokens than that edited, another layout
+            (`dataclasses.replace(edits, fingerprint=None)` applies edits all the same), edits of tokens that were
             deleted before, or edits that leave no token.
         """
         if self.is_empty:
@@ -133,6 +188,11 @@ class LayoutEdits:
             raise ValueError(
                 f"The edits were made for {self.num_tokens} tokens, these are {tokens.num_tokens}: press Reset in the "
                 "editor."
+            )
+        if self.is_foreign_to(tokens):
+            raise ValueError(
+                "The edits were made on another layout, of another picture or seed: bring that one back, or press "
+                "Apply anyway or Reset in the editor."
             )
         gone = set(deleted_tokens(tokens)[0].nonzero().flatten().tolist())
         if dead := sorted(gone & {*self.changed, *self.deleted, *(token.source for token in self.added)}):
@@ -201,6 +261,18 @@ def _added(value: Any, place: int, num_tokens: int) -> AddedToken:
         _refuse(f"{owner} must be an object, not {_shown(value)}")
     _check_keys(value, ("from", "geometry"), owner)
     return AddedToken(_index(value["from"], num_tokens, f"from of {owner}"), _geometry(value["geometry"], owner))
+
+
+def _fingerprint(value: Any) -> Fingerprint | None:
+    if value is None:
+        return None
+    if (
+        not isinstance(value, list)
+        or len(value) != _FINGERPRINT_NUMBERS
+        or any(type(number) is not int for number in value)
+    ):
+        _refuse(f"fingerprint must be {_FINGERPRINT_NUMBERS} integers or null, not {_shown(value)}")
+    return tuple(value)
 
 
 def _geometry(value: Any, owner: str) -> Geometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,21 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpstoken_diffusers import GPSTokens
-from gpstoken_diffusers.layout_edits import AddedToken, LayoutEdits
+from gpstoken_diffusers.layout_edits import AddedToken, LayoutEdits, layout_fingerprint
 from gpstoken_diffusers.token_editing import delete_tokens, deleted_tokens
 
 PLACE = (0.2, 0.1, 0.5, -0.25, 0.75)
 STATE = {
-    "version": 1,
+    "version": 2,
     "num_tokens": 6,
+    "fingerprint": None,
     "changed": {"4": list(PLACE)},
     "deleted": [1],
     "added": [{"from": 1, "geometry": [0.3, 0.3, 0, 0, 0]}],
 }
 
 
-def some_tokens(num_tokens=6, batch_size=1, tile_grid=(1, 1), channels=3):
-    generator = torch.Generator().manual_seed(0)
+def some_tokens(num_tokens=6, batch_size=1, tile_grid=(1, 1), channels=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     geometry = torch.rand(batch_size, num_tokens, 5, generator=generator) * 0.5 + 0.1
     texture = torch.randn(batch_size, num_tokens, channels, generator=generator)
     return GPSTokens(geometry, texture, (64, 64), tile_grid)
@@ -43,7 +45,16 @@ def test_reads_what_the_editor_writes():
     assert edits.changed == {4: PLACE}
     assert edits.deleted == (1,)
     assert edits.added == (AddedToken(1, (0.3, 0.3, 0.0, 0.0, 0.0)),)
-    assert not edits.is_empty
+    assert edits.fingerprint is None and not edits.is_empty
+
+
+def test_reads_what_older_editors_wrote():
+    older = {key: value for key, value in STATE.items() if key != "fingerprint"} | {"version": 1}
+    edits = LayoutEdits.parse(json.dumps(older))
+    assert edits == LayoutEdits.parse(json.dumps(STATE))
+    edits.apply(some_tokens(seed=1))  # of whatever layout they were
+    with pytest.raises(ValueError, match='an unknown key "fingerprint"'):
+        LayoutEdits.parse(edited_state(version=1))
 
 
 @pytest.mark.parametrize("text", ["", " \n", edited_state(changed={}, deleted=[], added=[])])
@@ -70,7 +81,8 @@ def all_edits(draw):
         else {}
     )
     added = draw(st.lists(st.builds(AddedToken, indices, GEOMETRIES), max_size=5))
-    return LayoutEdits(num_tokens, changed, tuple(sorted(deleted)), tuple(added))
+    fingerprint = draw(st.sampled_from([None, layout_fingerprint(some_tokens(num_tokens))]))
+    return LayoutEdits(num_tokens, changed, tuple(sorted(deleted)), tuple(added), fingerprint)
 
 
 @given(all_edits())
@@ -104,10 +116,15 @@ def test_whatever_the_edits_the_result_is_sound(edits):
         ("[]", r"not a JSON object but \[\]"),
         ("null", "not a JSON object"),
         ('{"version": 1, "version": 1}', "a key twice"),
-        (edited_state(version=2), "of version 2, this package knows 1: update"),
+        (edited_state(version=3), "of version 3, this package knows those up to 2: update"),
+        (edited_state(version=0), "of version 0"),
         (edited_state(version=True), "of version true"),
         (json.dumps({key: value for key, value in STATE.items() if key != "added"}), "they lack added"),
         (json.dumps({key: value for key, value in STATE.items() if key != "version"}), "they lack version"),
+        (json.dumps({key: value for key, value in STATE.items() if key != "fingerprint"}), "they lack fingerprint"),
+        (edited_state(fingerprint=[1] * 7), r"fingerprint must be 8 integers or null, not \[1, 1"),
+        (edited_state(fingerprint=[1.0] * 8), "fingerprint must be 8 integers or null"),
+        (edited_state(fingerprint="a1"), 'fingerprint must be 8 integers or null, not "a1"'),
         (edited_state(moved={}), 'they have an unknown key "moved"'),
         (edited_state(num_tokens=0), "num_tokens must be an integer of at least 1, not 0"),
         (edited_state(num_tokens="6"), 'num_tokens must be an integer of at least 1, not "6"'),
@@ -211,3 +228,53 @@ def test_edits_of_other_tokens_are_refused():
             edits.apply(delete_tokens(some_tokens(), torch.arange(6) == token))
     with pytest.raises(ValueError, match="delete every token"):
         LayoutEdits(6, {}, (0, 1, 2, 4, 5)).apply(delete_tokens(some_tokens(), torch.arange(6) == 3))
+
+
+# Layouts
+
+
+def edits_of(tokens):
+    return LayoutEdits(tokens.num_tokens, {3: PLACE}, fingerprint=layout_fingerprint(tokens))
+
+
+def with_noise(tokens, rms):
+    noise = torch.randn(tokens.geometry.shape, generator=torch.Generator().manual_seed(9))
+    return replace(tokens, geometry=tokens.geometry + rms * noise)
+
+
+def test_fingerprints_are_the_same_for_ever():
+    # Saved workflows have them: what they are computed from must not change.
+    tokens = GPSTokens.from_geometry(torch.arange(20.0).reshape(1, 4, 5) / 20, (64, 64))
+    assert layout_fingerprint(tokens) == (-2012, 2012, 2012, 4919, 5814, 2012, -4919, -4472)
+    assert layout_fingerprint(some_tokens(channels=3)) == layout_fingerprint(some_tokens(channels=1))
+    with pytest.raises(ValueError, match="of one picture, these are 2"):
+        layout_fingerprint(some_tokens(batch_size=2))
+
+
+@pytest.mark.parametrize("num_tokens", [6, 64, 1000])
+@pytest.mark.parametrize("rms, foreign", [(0.0, False), (1e-6, False), (2e-3, False), (0.05, True), (0.4, True)])
+def test_noise_of_arithmetic_keeps_edits_and_another_layout_does_not(num_tokens, rms, foreign):
+    tokens = some_tokens(num_tokens)
+    edits = edits_of(tokens)
+    other = with_noise(tokens, rms)
+    assert edits.is_foreign_to(other) is foreign
+    if foreign:
+        with pytest.raises(ValueError, match="made on another layout.*press Apply anyway or Reset in the editor"):
+            edits.apply(other)
+    assert replace(edits, fingerprint=None).apply(other).geometry[0, 3].tolist() == pytest.approx(PLACE)
+
+
+def test_the_order_of_tokens_belongs_to_a_layout():
+    tokens = some_tokens(64)
+    assert edits_of(tokens).is_foreign_to(replace(tokens, geometry=tokens.geometry.flip(1)))
+
+
+def test_what_cannot_be_foreign():
+    tokens, other = some_tokens(), some_tokens(seed=1)
+    fingerprint = layout_fingerprint(tokens)
+    assert edits_of(tokens).is_foreign_to(other)
+    assert not LayoutEdits(6, fingerprint=fingerprint).is_foreign_to(other)  # they change nothing
+    assert not edits_of(tokens).is_foreign_to(some_tokens(batch_size=2))
+    assert not edits_of(tokens).is_foreign_to(some_tokens(num_tokens=8))
+    # Numbers that no float holds.
+    assert LayoutEdits(6, {3: PLACE}, fingerprint=(10**400,) * 8).is_foreign_to(tokens)

@@ -13,12 +13,19 @@ const NODE = "GPSLayoutEditor";
 const EDITS = "edits";
 const NODE_SIZE = [460, 570];
 const MIN_HEIGHT = 240;
+const VUE_HEIGHT = 480;
 const NUDGE_PX = 1, LONG_NUDGE_PX = 10;
 const COPY_SHIFT_PX = 6; // on the screen: where copies by the button lie
+
+const NOTICES = {
+    number: "The edits were made for another number of tokens. Bring that layout back, or press Reset.",
+    layout: "The edits were made on another layout. Bring that one back, press Reset, or:",
+};
 
 const STYLE = `
 .gps-layout { display: flex; flex-direction: column; gap: 6px; width: 100%; height: 100%; box-sizing: border-box;
     font: 12px/1.3 Inter, Arial, sans-serif; color: var(--input-text, #ddd); }
+[data-node-id] .gps-layout { min-height: ${VUE_HEIGHT}px; } /* Nodes 2.0 give a widget the height of what is in it */
 .gps-layout-tools { display: flex; gap: 4px; flex: none; }
 .gps-layout-tools .gps-layout-gap { flex: 1; }
 .gps-layout button { display: inline-flex; align-items: center; gap: 5px; height: 26px; padding: 0 8px; font: inherit;
@@ -37,7 +44,10 @@ const STYLE = `
     resize: none; pointer-events: none; }
 .gps-layout-hint { position: absolute; inset: 0; display: grid; place-items: center; padding: 24px; text-align: center;
     color: #a9adb8; pointer-events: none; }
-.gps-layout-hint[hidden] { display: none; }
+.gps-layout-notice { position: absolute; left: 8px; right: 8px; top: 8px; display: flex; align-items: center; gap: 10px;
+    padding: 6px 8px; border-radius: 5px; border: 1px solid #c98a1b; color: #ffe2ae; background: rgba(46, 32, 6, 0.92); }
+.gps-layout-notice span { flex: 1; }
+.gps-layout-hint[hidden], .gps-layout-notice[hidden], .gps-layout-notice button[hidden] { display: none; }
 .gps-layout-status { display: flex; justify-content: space-between; gap: 0 12px; flex: none; flex-wrap: wrap;
     height: 16px; overflow: hidden; white-space: nowrap; } /* a tip that does not fit wraps out of sight */
 .gps-layout-status span { overflow: hidden; text-overflow: ellipsis; }
@@ -50,6 +60,7 @@ const ICONS = {
     delete: "M3 4.5h10M6.5 4.5v-1.5h3v1.5M4.5 4.5l.6 8.5h5.8l.6-8.5M6.8 7v3.5M9.2 7v3.5",
     undo: "M6 3.5 3 6.5l3 3M3 6.5h6a3.5 3.5 0 0 1 0 7H7",
     redo: "M10 3.5l3 3-3 3M13 6.5H7a3.5 3.5 0 0 0 0 7h2",
+    adopt: "M3 8.5l3.5 3.5L13 4.5",
     reset: "M13 8a5 5 0 1 1-1.6-3.7M13 2.5v3h-3",
 };
 
@@ -90,7 +101,7 @@ class LayoutEditor {
         this.shown = shown;
         this.view.imageSize = shown.image_size;
         this.state.setText(this.edits.value);
-        this.state.setTokens(shown.geometry, shown.canvas_size);
+        this.state.setTokens(shown.geometry, shown.canvas_size, shown.fingerprint);
         const {background} = shown;
         if (!background) this.view.background = null;
         else {
@@ -154,15 +165,19 @@ class LayoutEditor {
         let text = parts.join(", ");
         if (state.geometry) {
             const count = state.items.length;
-            text = `${count} token${count === 1 ? "" : "s"} · ${chosen} selected · ${text || "no edits"}`;
+            const edits = state.misfit ? "edits not applied" : text || "no edits";
+            text = `${count} token${count === 1 ? "" : "s"} · ${chosen} selected · ${edits}`;
         }
-        if (state.strangers !== null) text = `The edits were made for ${state.strangers} tokens: press Reset.`;
         if (this.counts.textContent !== text) this.counts.textContent = text;
-        this.tip.textContent = !state.geometry
+        this.tip.textContent = !state.editable
             ? ""
             : chosen ? "Arrow keys nudge, Delete deletes" : "Shift-drag for a box, double-click to add";
         this.hint.hidden = Boolean(state.geometry);
-        this.buttons.add.disabled = !state.items.length;
+        const notice = NOTICES[state.misfit] ?? "";
+        if (this.noticeText.textContent !== notice) this.noticeText.textContent = notice; // screen readers read it once
+        this.notice.hidden = !notice;
+        this.buttons.adopt.hidden = state.misfit !== "layout";
+        this.buttons.add.disabled = !state.editable || !state.items.length;
         this.buttons.delete.disabled = !chosen;
         this.buttons.undo.disabled = !state.canUndo;
         this.buttons.redo.disabled = !state.canRedo;
@@ -180,6 +195,7 @@ class LayoutEditor {
         if (what === "undo") state.undo();
         if (what === "redo") state.redo();
         if (what === "reset") state.reset();
+        if (what === "adopt") state.adopt();
         this._changed(false);
     }
 
@@ -214,7 +230,7 @@ class LayoutEditor {
     }
 
     _selectAll() {
-        this.state.selected = new Set(this.state.items);
+        if (this.state.editable) this.state.selected = new Set(this.state.items);
         this._changed(false);
     }
 
@@ -240,6 +256,7 @@ class LayoutEditor {
             undo: this._button("undo", "Undo", "Undo (Ctrl+Z)"),
             redo: this._button("redo", "Redo", "Redo (Ctrl+Shift+Z or Ctrl+Y)"),
             reset: this._button("reset", "Reset", "Forget all edits"),
+            adopt: this._button("adopt", "Apply anyway", "Apply the edits to this layout"),
         };
         const {add, delete: remove, undo, redo, reset} = this.buttons;
         tools.append(add, remove, element("div", "gps-layout-gap"), undo, redo, reset);
@@ -250,7 +267,10 @@ class LayoutEditor {
             readOnly: true, ariaLabel: "Gaussians: arrow keys move the selected ones, Delete deletes them",
         });
         this.hint = element("div", "gps-layout-hint", {textContent: "Queue the workflow to see its Gaussians here."});
-        this.stage.append(this.keyboard, this.canvas, this.hint);
+        this.notice = element("div", "gps-layout-notice", {role: "alert"});
+        this.noticeText = element("span", "");
+        this.notice.append(this.noticeText, this.buttons.adopt);
+        this.stage.append(this.keyboard, this.canvas, this.hint, this.notice);
         this.counts = element("span", "gps-layout-counts", {ariaLive: "polite"});
         this.tip = element("span", "gps-layout-tip");
         const status = element("div", "gps-layout-status");

@@ -55,7 +55,7 @@ export class LayoutPointer {
     }
 
     _down(event) {
-        if (event.button !== 0 || !this.state.geometry) return;
+        if (event.button !== 0 || !this.state.editable) return;
         event.preventDefault();
         event.stopPropagation();
         this.view.canvas.setPointerCapture(event.pointerId);
@@ -88,7 +88,7 @@ export class LayoutPointer {
     _move(event) {
         const point = this.view.eventPoint(event), {drag} = this;
         if (!drag) {
-            this._hoverOver(this.state.geometry ? this._itemAt(...point) : null);
+            this._hoverOver(this.state.editable ? this._itemAt(...point) : null);
             this._showCursor(point);
             return;
         }
@@ -160,7 +160,7 @@ export class LayoutPointer {
 
     /** A copy of the token under the pointer, or the nearest one, comes to the pointer. */
     _add(event) {
-        if (!this.state.geometry) return;
+        if (!this.state.editable) return;
         event.preventDefault();
         event.stopPropagation();
         const point = this.view.eventPoint(event), [x, y] = this.view.toPicture(...point);
@@ -211,7 +211,7 @@ export class LayoutPointer {
     }
 
     _showCursor(point) {
-        const handle = this.state.geometry ? this._handleAt(...point) : null;
+        const handle = this.state.editable ? this._handleAt(...point) : null;
         let cursor = this.hover ? "move" : "crosshair";
         if (handle?.kind === "rotate") cursor = "grab";
         if (handle?.kind === "scale") {

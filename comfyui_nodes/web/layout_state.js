@@ -4,7 +4,7 @@
 
 import {area, fromPixels, toPixels, transformed} from "./gaussian_geometry.js";
 
-const VERSION = 1;
+const VERSION = 2;
 const UNDO_STEPS = 200;
 const NO_EDITS = {changed: {}, deleted: [], added: []};
 
@@ -13,6 +13,8 @@ export class LayoutState {
     constructor() {
         this.geometry = null; // of the tokens as they came: [sigma_x, sigma_y, rho, x, y], or null for deleted ones
         this.canvasSize = null;
+        this.fingerprint = null; // of the layout, by the node; edits carry it
+        this.misfit = null; // why the text is not for these tokens, "number" or "layout"; such text is kept, not applied
         this.text = "";
         this.items = [];
         this.selected = new Set();
@@ -20,13 +22,18 @@ export class LayoutState {
         this._redo = [];
     }
 
-    /** Takes what the node has shown; edits and the history stay if the tokens are as many as before. */
-    setTokens(geometry, canvasSize) {
-        const selected = this.selectedNames();
-        if (this.geometry && this.geometry.length !== geometry.length) this._forget();
+    /** Takes what the node has shown. Edits and the history stay, whatever it is: each text knows its own layout. */
+    setTokens(geometry, canvasSize, fingerprint) {
+        const selected = String(fingerprint) === String(this.fingerprint) ? this.selectedNames() : [];
         this.geometry = geometry;
         this.canvasSize = canvasSize;
+        this.fingerprint = fingerprint;
         this._rebuild(selected);
+    }
+
+    /** Whether there are tokens, and the text is for them: else editing would write over it. */
+    get editable() {
+        return this.geometry !== null && this.misfit === null;
     }
 
     /** Takes text from outside, such as that of a workflow that was opened. */
@@ -56,6 +63,13 @@ export class LayoutState {
     reset() {
         this._remember(this.selectedNames());
         this.text = "";
+        this._rebuild([]);
+    }
+
+    /** Takes edits of another layout for edits of this one. */
+    adopt() {
+        this._remember([]);
+        this.text = JSON.stringify({...this._parsed(), version: VERSION, fingerprint: this.fingerprint});
         this._rebuild([]);
     }
 
@@ -116,6 +130,7 @@ export class LayoutState {
 
     /** Ends a change: writes the text, and remembers the one before with what was selected then. */
     commit(names = this.selectedNames()) {
+        if (!this.editable) return;
         const text = this._serialised();
         if (text === this.text) return;
         this._remember(names);
@@ -141,10 +156,11 @@ export class LayoutState {
         return names;
     }
 
-    /** How many tokens the text was written for, if those that are shown are not as many; else null. */
-    get strangers() {
-        const expected = this._parsed().num_tokens;
-        return this.geometry && expected !== undefined && expected !== this.geometry.length ? expected : null;
+    _findMisfit({num_tokens: count, fingerprint}) {
+        if (count === undefined) return null;
+        if (count !== this.geometry.length) return "number";
+        // Text of version 1 has none. The node allows for rounding and shows the one that fitting edits carry.
+        return fingerprint && String(fingerprint) !== String(this.fingerprint) ? "layout" : null;
     }
 
     _forget() {
@@ -178,9 +194,12 @@ export class LayoutState {
     _rebuild(selectedNames) {
         this.items = [];
         this.selected = new Set();
+        this.misfit = null;
         if (!this.geometry) return;
-        const edits = this.strangers === null ? this._parsed() : NO_EDITS;
-        const deleted = new Set(edits.deleted), names = new Set(selectedNames);
+        const parsed = this._parsed();
+        this.misfit = this._findMisfit(parsed);
+        const edits = this.misfit ? NO_EDITS : parsed;
+        const deleted = new Set(edits.deleted), names = new Set(this.misfit ? [] : selectedNames);
         const include = (name, item) => {
             this.items.push(item);
             if (names.has(name)) this.selected.add(item);
@@ -209,6 +228,7 @@ export class LayoutState {
         }
         const deleted = [...this.geometry.keys()].filter((base) => this.geometry[base] && !there.has(base));
         if (Object.keys(changed).length + deleted.length + added.length === 0) return "";
-        return JSON.stringify({version: VERSION, num_tokens: this.geometry.length, changed, deleted, added});
+        const made = {version: VERSION, num_tokens: this.geometry.length, fingerprint: this.fingerprint};
+        return JSON.stringify({...made, changed, deleted, added});
     }
 }

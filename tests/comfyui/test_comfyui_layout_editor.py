@@ -7,138 +7,10 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
 
-from comfyui.comfyui_client import ExecutionFailed
+from comfyui.layout_editor_page import GRAPH, MARGIN, NODE, SIDE, Editor
 
-NODE = "GPSLayoutEditor"
-SIDE = 256
-MARGIN = 26  # CSS pixels around the picture on the editor's canvas
 REACH_PX = 80  # beyond: 3 sigmas of a small token, then what the decoder's convolutions look at, is out of reach
-
-GRAPH = {
-    "1": {"class_type": "LoadGPSToken", "inputs": {"model_name": "gpstoken-mini (shipped)", "dtype": "float32"}},
-    "2": {"class_type": "LoadImage", "inputs": {}},
-    "3": {"class_type": "GPSEncode", "inputs": {"model": ["1", 0], "image": ["2", 0], "num_tokens": 64}},
-    "4": {"class_type": NODE, "inputs": {"tokens": ["3", 0], "image": ["2", 0], "edits": ""}},
-    "5": {"class_type": "GPSDecode", "inputs": {"model": ["1", 0], "tokens": ["4", 0]}},
-    "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
-}
-
-# The editor fills the view, at another zoom than 1.
-LOOK_AT = """() => {
-    const node = app.graph.nodes.find(node => node.type === 'GPSLayoutEditor');
-    app.canvas.ds.scale = 1.25;
-    app.canvas.ds.offset = [-node.pos[0] + 160, -node.pos[1] + 70];
-    app.canvas.deselectAll();
-    app.canvas.select(node);
-    app.canvas.setDirty(true, true);
-}"""
-
-VALUE = """() => {
-    const node = app.graph.nodes.find(node => node.type === 'GPSLayoutEditor');
-    return node.widgets.find(widget => widget.name === 'edits').value;
-}"""
-
-
-def busy_picture() -> Image.Image:
-    """Much to see in the left half, so that tokens there are small."""
-    picture = Image.new("RGB", (SIDE, SIDE), (90, 120, 150))
-    draw = ImageDraw.Draw(picture)
-    for place in range(24):
-        x, y = 8 + 13 * (place % 8), 60 + 36 * (place // 8)
-        draw.ellipse((x, y, x + 9, y + 17), fill=(250 - 9 * place, 40 + 8 * place, (70 * place) % 255))
-    return picture
-
-
-class Editor:
-    """The editor as people use it, in pixels of the picture."""
-
-    def __init__(self, server, page):
-        self.server, self.page = server, page
-        self.geometry = None
-
-    @property
-    def canvas(self):
-        return self.page.page.locator(".gps-layout canvas")
-
-    def open(self, graph) -> None:
-        self.page.open()
-        self.page.ui_workflow_from_api(graph)
-        self.look()
-
-    def look(self) -> None:
-        self.page.evaluate(LOOK_AT)
-        self.page.page.wait_for_timeout(500)
-
-    def queue(self) -> np.ndarray:
-        """Runs the workflow; the decoded picture."""
-        entry = self.page.queue_and_wait()
-        self.geometry = entry["outputs"]["4"]["layout_editor"][0]["geometry"]
-        self.page.page.wait_for_timeout(300)
-        return np.asarray(self.server.images(entry)["6"][0]).astype(int)
-
-    @property
-    def edits(self) -> dict:
-        return json.loads(self.page.evaluate(VALUE) or "{}")
-
-    @property
-    def status(self) -> str:
-        return self.page.page.locator(".gps-layout-counts").inner_text()
-
-    def place(self, index: int) -> tuple[float, float]:
-        """Centre of a token before all edits."""
-        x, y = self.geometry[index][3:]
-        return (x + 1) * (SIDE - 1) / 2, (y + 1) * (SIDE - 1) / 2
-
-    def radii(self, index: int) -> tuple[float, float]:
-        """Of a token's ellipse before all edits; its correlation must be next to nothing."""
-        return tuple(1.5 * sigma * (SIDE - 1) / 2 for sigma in self.geometry[index][:2])
-
-    def small_token(self, x: float, y: float) -> int:
-        """The token nearest to a point of those 8 to 40 px large."""
-        sizes = {i: max(self.radii(i)) for i in range(len(self.geometry))}
-        fitting = [i for i, size in sizes.items() if 8 < 2 * size < 40]
-        return min(fitting, key=lambda i: math.dist(self.place(i), (x, y)))
-
-    def window(self, x: float, y: float) -> tuple[float, float]:
-        """Where in the window a point of the picture is."""
-        box, zoom = self.canvas.bounding_box(), 1.25
-        width, height = box["width"] / zoom, box["height"] / zoom
-        scale = min(width - 2 * MARGIN, height - 2 * MARGIN) / SIDE
-        left, top = (width - SIDE * scale) / 2, (height - SIDE * scale) / 2
-        return box["x"] + (left + (x + 0.5) * scale) * zoom, box["y"] + (top + (y + 0.5) * scale) * zoom
-
-    def drag(self, start, end) -> None:
-        mouse = self.page.mouse
-        mouse.move(*self.window(*start))
-        mouse.down()
-        mouse.move(*self.window(*end), steps=4)
-        mouse.up()
-
-    def click(self, x: float, y: float) -> None:
-        self.page.mouse.click(*self.window(x, y))
-
-    def button(self, name: str) -> None:
-        self.page.page.locator(f".gps-layout-{name}").click()
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            self.page.page.keyboard.press(key)
-
-    def handle(self, index: int, u: float, v: float) -> tuple[float, float]:
-        """A handle of a selected token as it was, in whose frame the sides are at -1 and 1: they stand off 4 px."""
-        (x, y), (radius_x, radius_y) = self.place(index), self.radii(index)
-        box = self.canvas.bounding_box()
-        scale = (box["width"] / 1.25 - 2 * MARGIN) / SIDE  # the canvas is higher than wide
-        gap = 4 / 1.25 / scale
-        return x + u * (radius_x + gap), y + v * (radius_y + gap)
-
-
-@pytest.fixture(scope="module")
-def graph(comfyui_clone):
-    name = comfyui_clone.upload_image(busy_picture(), "layout_editor.png")
-    return GRAPH | {"2": {"class_type": "LoadImage", "inputs": {"image": name}}}
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +19,23 @@ def open_editor(comfyui_clone, open_page):
 
 
 @pytest.fixture
-def editor(open_editor, graph):
-    """The editor with its Gaussians, nothing done yet."""
-    open_editor.open(graph)
-    open_editor.unedited = open_editor.queue()
-    yield open_editor
-    assert open_editor.page.errors == []
+def editor(open_editor):
+    yield from open_editor.with_gaussians()
 
 
 def distance_map(*places) -> np.ndarray:
     """(SIDE, SIDE): how far each pixel is from the nearest of some places, along the axis that is farther."""
     y, x = np.mgrid[:SIDE, :SIDE]
     return np.min([np.maximum(abs(x - px), abs(y - py)) for px, py in places], axis=0)
+
+
+def ellipse_axes(geometry) -> tuple[float, float, float]:
+    """Long and short radius in pixels, and the degrees from the x axis to the long one, clockwise as it is seen."""
+    (sigma_x, sigma_y, rho), half = geometry[:3], (SIDE - 1) / 2
+    shared = rho * sigma_x * sigma_y
+    squares, axes = np.linalg.eigh([[sigma_x**2, shared], [shared, sigma_y**2]])
+    short, long = 1.5 * half * np.sqrt(squares)
+    return long, short, math.degrees(math.atan(axes[1, 1] / axes[0, 1]))
 
 
 def test_a_moved_gaussian_changes_the_picture_there_and_workflows_carry_it(editor, artefacts, tmp_path):
@@ -202,6 +79,8 @@ def test_delete_takes_gaussians_and_not_the_node(editor):
     editor.click(*editor.place(token))
     editor.press("Delete")
     assert editor.edits["deleted"] == [token]
+    editor.press("Control+z", "Backspace")
+    assert editor.edits["deleted"] == [token]
     editor.press("Backspace", "Delete")  # nothing is selected now
     assert editor.page.evaluate("() => app.graph.nodes.length") == len(GRAPH)
     assert editor.status == "63 tokens · 0 selected · 1 deleted"
@@ -218,6 +97,7 @@ def test_double_click_and_button_add(editor):
     editor.page.mouse.dblclick(*editor.window(x + 1, y + 1))
     (added,) = editor.edits["added"]
     assert added["from"] == token and added["geometry"][:3] == pytest.approx(editor.geometry[token][:3], abs=2e-6)
+    assert [(c + 1) * (SIDE - 1) / 2 for c in added["geometry"][3:]] == pytest.approx([x + 1, y + 1], abs=1.0)
     editor.button("add")
     one, other = editor.edits["added"]
     assert one == added and other["from"] == token and other["geometry"][3] > added["geometry"][3]
@@ -283,6 +163,117 @@ def test_handles_scale_along_an_axis_and_turn(editor):
     editor.queue()
 
 
+def test_ellipses_are_drawn_where_their_gaussians_lie(editor, artefacts):
+    token, mouse = editor.small_token(50, 90), editor.page.mouse
+    middle = editor.place(token)
+    editor.click(*middle)
+    side = editor.handle(token, 1, 0)
+    editor.drag(side, (middle[0] + 3 * (side[0] - middle[0]), side[1]))
+    stem = 18 / 1.25 / ((editor.canvas.bounding_box()["width"] / 1.25 - 2 * MARGIN) / SIDE)
+    reach = middle[1] - editor.handle(token, 0, -1)[1] + stem
+    mouse.move(*editor.window(middle[0], middle[1] - reach))
+    mouse.down()
+    # 35 degrees clockwise, which are 30 while Shift is held.
+    turn = math.radians(35)
+    end = editor.window(middle[0] + 3 * reach * math.sin(turn), middle[1] - 3 * reach * math.cos(turn))
+    editor.held("Shift", lambda: mouse.move(*end, steps=4))
+    mouse.up()
+    turned = editor.edits["changed"][str(token)]
+    long, short, degrees = ellipse_axes(turned)
+    assert long > 2 * short and degrees == pytest.approx(30, abs=2)
+    # Half as long again by the handle at its end, and turned as before.
+    direction, gap = np.array([math.cos(math.pi / 6), math.sin(math.pi / 6)]), reach - stem - editor.radii(token)[1]
+    editor.drag(middle + (long + gap) * direction, middle + 1.5 * (long + gap) * direction)
+    turned = editor.edits["changed"][str(token)]
+    assert ellipse_axes(turned) == pytest.approx((1.5 * long, short, degrees), rel=0.05)
+
+    red, _, blue = editor.outline(turned).T
+    assert (blue - red > 100).mean() > 0.8  # it is selected
+
+    def white_share(mirrored=False):
+        return (editor.outline(turned, mirrored).min(axis=1) > 200).mean()  # as what lies under the mouse is
+
+    def check():
+        editor.press("Escape")
+        mouse.move(*editor.window(*middle))
+        editor.page.page.wait_for_timeout(300)
+        assert white_share() > 0.9
+        assert white_share(mirrored=True) < 0.5
+
+    check()
+    editor.page.screenshot(artefacts / "layout_editor_turned.png", fit=False)
+    editor.page.evaluate("() => app.graph.nodes.find(node => node.type === 'GPSLayoutEditor').setSize([620, 560])")
+    editor.page.page.wait_for_timeout(500)
+    check()
+
+
+def test_the_picture_lies_behind_the_ellipses_while_it_is_connected(editor):
+    places = [(x, y) for x in range(4, SIDE, 9) for y in range(4, SIDE, 9)]
+    shaded = 0.65 * np.array([90, 120, 150])  # the ground of the picture, under a shade
+
+    def share():
+        return (np.abs(editor.pixels(places) - shaded).max(axis=1) < 12).mean()
+
+    assert share() > 0.25
+    editor.page.evaluate(
+        "() => { const node = app.graph.nodes.find(node => node.type === 'GPSLayoutEditor');"
+        " node.disconnectInput(node.inputs.findIndex(input => input.name === 'image')); }"
+    )
+    editor.queue()
+    assert share() < 0.05
+
+
+def test_a_group_moves_together_and_escape_takes_a_drag_back(editor):
+    one, other = editor.small_token(30, 80), editor.small_token(80, 140)
+    (x, y), mouse, half = editor.place(one), editor.page.mouse, (SIDE - 1) / 2
+
+    def shifts():
+        changed = editor.edits["changed"]
+        assert changed.keys() == {str(one), str(other)}
+        return [
+            (changed[str(token)][axis] - editor.geometry[token][axis]) * half
+            for token in (one, other)
+            for axis in (3, 4)
+        ]
+
+    # A box from its last corner to its first.
+    editor.held("Shift", lambda: editor.drag((x + 1, y + 1), (x - 1, y - 1)))
+    assert "1 selected" in editor.status
+    editor.held("Shift", lambda: editor.click(*editor.place(other)))
+    assert "2 selected" in editor.status
+    mouse.move(*editor.window(x, y))
+    mouse.down()
+    editor.held("Shift", lambda: mouse.move(*editor.window(x + 40, y + 9), steps=4))
+    mouse.up()
+    assert shifts() == pytest.approx([40, 0, 40, 0], abs=0.5)  # straight along one axis
+    editor.press("Control+z")
+    mouse.move(*editor.window(x, y))
+    mouse.down()
+    mouse.move(*editor.window(x + 40, y + 9), steps=4)
+    editor.press("Escape")
+    mouse.up()
+    assert editor.edits == {} and "2 selected" in editor.status
+    editor.press("ArrowRight")
+    assert shifts() == pytest.approx([1, 0, 1, 0], abs=1e-3)
+    editor.press("ArrowLeft")
+    assert editor.edits == {} and "no edits" in editor.status  # back where they were
+    editor.press("ArrowRight", "Shift+ArrowDown")
+    assert shifts() == pytest.approx([1, 10, 1, 10], abs=1e-3)
+    editor.click(x + 1, y + 10)
+    assert "1 selected" in editor.status
+    # What was undone is gone once something else is done.
+    editor.press("Control+z", "ArrowLeft")
+    assert editor.page.page.locator(".gps-layout-redo").is_disabled()
+
+
+def test_gaussians_stay_near_the_picture(editor):
+    token = editor.small_token(50, 90)
+    editor.click(*editor.place(token))
+    editor.press(*["Shift+ArrowLeft"] * 25)
+    assert editor.edits["changed"][str(token)][3] == -1.5
+    editor.queue()
+
+
 def test_boxes_and_shift_select_and_all_move_together(editor):
     one, other = editor.small_token(30, 80), editor.small_token(80, 140)
     assert one != other
@@ -318,25 +309,16 @@ def test_comfyuis_own_undo_keeps_the_editor_alive(editor):
     assert editor.edits == edits and editor.status == "64 tokens · 0 selected · 1 changed"
 
 
-def test_the_wheel_still_zooms_the_graph(editor):
+def test_wheel_and_middle_button_are_the_graphs(editor):
     before = editor.page.evaluate("() => app.canvas.ds.scale")
     editor.page.mouse.move(*editor.window(100, 100))
     editor.page.mouse.wheel(0, 100)
     editor.page.page.wait_for_timeout(300)
     assert editor.page.evaluate("() => app.canvas.ds.scale") < before
-
-
-def test_a_layout_has_no_tokens_to_decode_and_edits_of_other_tokens_say_what_to_do(comfyui_clone, graph):
-    with_layout = graph | {"4": {"class_type": NODE, "inputs": {"tokens": ["3", 1]}}}
-    alone = {number: node for number, node in with_layout.items() if number in "1234"}
-    entry = comfyui_clone.run(alone)
-    shown = entry["outputs"]["4"]["layout_editor"][0]
-    assert len(shown["geometry"]) == 64 and shown["background"] is None
-    visualize = {"class_type": "GPSVisualize", "inputs": {"tokens": ["4", 1], "style": "ellipses"}}
-    assert comfyui_clone.images(comfyui_clone.run(with_layout | {"5": visualize}))["6"]
-    entry = comfyui_clone.run(with_layout)
-    assert "6" not in entry["outputs"]  # blocked, and the page is told why
-    edits = {"version": 1, "num_tokens": 128, "changed": {}, "deleted": [3], "added": []}
-    inputs = graph["4"]["inputs"] | {"edits": json.dumps(edits)}
-    with pytest.raises(ExecutionFailed, match="made for 128 tokens, these are 64: press Reset in the editor"):
-        comfyui_clone.run(graph | {"4": {"class_type": NODE, "inputs": inputs}})
+    offset = editor.page.evaluate("() => [...app.canvas.ds.offset]")
+    editor.page.mouse.down(button="middle")
+    x, y = editor.window(100, 100)
+    editor.page.mouse.move(x + 80, y + 40, steps=4)
+    editor.page.mouse.up(button="middle")
+    moved = editor.page.evaluate("() => [...app.canvas.ds.offset]")
+    assert moved[0] > offset[0] and moved[1] > offset[1]
