@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
-
-from .safe_files import check_format, open_safetensors, write_atomically
 
 GEOMETRY_CHANNELS = 5
 """Channels of a geometry, always in the order (sigma_x, sigma_y, rho, x, y)."""
@@ -22,11 +18,7 @@ RHO = 2
 CENTER = slice(3, 5)
 """x, y: the centre; -1 and 1 are the centres of the first and last pixel of the canvas."""
 
-FILE_FORMAT = "gpstoken.tokens"
-FILE_FORMAT_VERSION = 1
-
 _TEXTURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_HEADER_KEYS = ("format", "format_version", "image_size", "tile_grid", "canvas_size")
 
 
 @dataclass(eq=False, repr=False)
@@ -319,7 +311,7 @@ class GPSTokens:
         num_tiles = rows * cols
         if geometry.shape[0] % num_tiles != 0:
             raise ValueError(f"{geometry.shape[0]} tiles are not whole images of {rows} x {cols} tiles each")
-        offset, scale = _tile_frames(tile_grid, geometry.device)
+        offset, scale = tile_frames(tile_grid, geometry.device)
         tiles = geometry.unflatten(0, (-1, num_tiles))
         # (x + 2 j + 1 - columns) / columns is that formula, its integers collected: exact for a single tile.
         sigma, center = tiles[..., SIGMA] / scale, (tiles[..., CENTER] + offset) / scale
@@ -338,82 +330,58 @@ class GPSTokens:
             geometry (B * T, n, 5) in each tile's own coordinates, texture (B * T, n, C); T = rows * columns.
         """
         num_tiles = self.tile_grid[0] * self.tile_grid[1]
-        offset, scale = _tile_frames(self.tile_grid, self.device)
+        offset, scale = tile_frames(self.tile_grid, self.device)
         merged = self.geometry.unflatten(1, (num_tiles, -1))
         sigma, center = merged[..., SIGMA] * scale, merged[..., CENTER] * scale - offset
         tiles = torch.cat([sigma, merged[..., RHO, None], center], dim=-1)
         return tiles.flatten(0, 1), self.texture.unflatten(1, (num_tiles, -1)).flatten(0, 1)
 
-    # Files
+    # Files: `token_files` imports this module, so it is imported where it is used
 
-    def save(self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
-        """Write a safetensors file: `geometry`, `texture`, and a header that says what they are.
+    def save(
+        self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, dtype: str | None = None
+    ) -> None:
+        """Write a safetensors file: the numbers, and a header that says what they are.
 
         The file appears whole or not at all; one that was there before survives a failure.
 
         Args:
             path: where to write; its folder must exist.
             metadata: more strings for the header, such as the model's name; `read_metadata` gives them back.
+            dtype: None keeps every bit; "float32" and "float16" cast the texture; "uint8", "uint6" and "uint4"
+                store all numbers with that precision, compressed, as `token_files` describes.
 
         Raises:
-            ValueError: `validate()` fails, or a metadata key is one of the header's own.
+            ValueError: `validate()` fails, a metadata key is one of the header's own, there is no such `dtype`,
+                float16 cannot hold the texture, or a token lies millions of its own sizes away.
             TypeError: metadata that is not strings.
             OSError: the file cannot be written.
         """
-        extra = dict(metadata or {})
-        if not all(isinstance(text, str) for pair in extra.items() for text in pair):
-            raise TypeError("metadata must map strings to strings")
-        if taken := sorted(extra.keys() & set(_HEADER_KEYS)):
-            raise ValueError(f"these metadata keys belong to the file's own header: {', '.join(taken)}")
-        self.validate()
-        header = {
-            "format": FILE_FORMAT,
-            "format_version": str(FILE_FORMAT_VERSION),
-            "image_size": json.dumps(self.image_size),
-            "tile_grid": json.dumps(self.tile_grid),
-            "canvas_size": json.dumps(self.canvas_size),
-        }
-        own = self.detach().cpu()
-        tensors = {"geometry": own.geometry.contiguous(), "texture": own.texture.contiguous()}
-        write_atomically(path, safetensors_bytes(tensors, metadata=extra | header))
+        from .token_files import save_tokens
+
+        save_tokens(self, path, metadata, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GPSTokens:
         """Read a file of `save`, onto the CPU. Nothing in it is ever executed.
+
+        The texture has the dtype that it was stored in, and float32 where it was stored with fewer bits.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is empty, truncated, of another kind, of a later version, or holds impossible
                 values; the message says which, and what to do.
         """
-        header, tensors = _read(path, with_tensors=True)
-        try:
-            sizes = {name: json.loads(header[name]) for name in ("image_size", "tile_grid", "canvas_size")}
-            return cls(tensors["geometry"], tensors["texture"], **sizes).validate()
-        except KeyError as error:
-            raise ValueError(f"{path}: the tokens lack {error}. Encode the image again.") from error
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: the tokens are damaged: {error}. Encode the image again.") from error
+        from .token_files import load_tokens
+
+        return load_tokens(path, cls)
 
     @staticmethod
     def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-        """The header of a file of `save`, the strings given as `metadata` among it. Raises as `load` does."""
-        return _read(path, with_tensors=False)[0]
+        """The header of a file, with the `metadata` and the `encoding` of `save`. Raises as `load` does."""
+        from .token_files import read_metadata
 
-
-def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a tokens file, after checking that it is one (not that its values make sense)."""
-    with open_safetensors(path, advice="Encode the image again.") as file:
-        header = file.metadata() or {}
-        names = sorted(file.keys())
-        otherwise = (
-            f"a safetensors file, but not of tokens: it holds {len(names)} tensors ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}). Tokens are written by GPSTokens.save and `gpstoken encode`."
-        )
-        check_format(header, path, FILE_FORMAT, FILE_FORMAT_VERSION, otherwise)
-        # Copies, so that the file is not kept mapped into memory while the tokens live.
-        tensors = {name: file.get_tensor(name).clone() for name in names} if with_tensors else {}
-    return header, tensors
+        return read_metadata(path)
 
 
 def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
@@ -424,7 +392,7 @@ def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
     return (value[0], value[1])
 
 
-def _tile_frames(tile_grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def tile_frames(tile_grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Offset (T, 1, 2) and scale (2,) of x and y: canvas coordinate = (tile coordinate + offset) / scale."""
     rows, cols = tile_grid
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lower layers first; a file imports from its own layer or from lower ones.
 LAYERS = [
     ("safe_files", "safe_pickle", "ops", "assets", "tiling", "metrics", "distances", "convert", "layout_bank")
-    + ("tokens", "token_editing", "token_matching", "layout_edits"),
+    + ("tokens", "token_files", "token_editing", "token_matching", "layout_edits"),
     ("image_processor", "visualization"),
     ("models", "schedulers"),
     ("training", "pipelines"),
@@ -96,9 +96,20 @@ def test_a_plain_checkout_finds_its_parts():
     assert run_fresh(code).strip() == str(ROOT / "pipelines" / "__init__.py")
 
 
+def makes_tensors_only(node: ast.AST) -> bool:
+    """Whether this is a call of PyTorch's restricted unpickler."""
+    return isinstance(node, ast.Call) and any(
+        word.arg == "weights_only" and isinstance(word.value, ast.Constant) and word.value.value is True
+        for word in node.keywords
+    )
+
+
 def test_no_pickle_is_ever_loaded():
+    """One file reads weights that others made with torch.save, and makes tensors of them only."""
     for name, path in package_files():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        harmless = [node.func for node in nodes if name == "training.weight_files" and makes_tensors_only(node)]
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node not in harmless:
                 called = (node.value.id, node.attr)
                 assert called not in {("pickle", "load"), ("pickle", "loads"), ("torch", "load")}, name

@@ -1,43 +1,18 @@
-"""GPSTokens: layout, values, selection, tiles, and the file format."""
-
-import io
-import json
-import os
-import pickle
-from pathlib import Path
+"""GPSTokens: layout, values, selection, tiles."""
 
 import pytest
 import torch
 from conftest import golden
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from token_zoo import GEOMETRY, TEXTURE, assert_same, make_tokens
 
-from gpstoken_diffusers.safe_files import write_atomically
 from gpstoken_diffusers.tokens import CENTER, RHO, SIGMA, GPSTokens
-
-
-def make_tokens(batch=2, count=12, channels=3, dtype=torch.float32, **fields) -> GPSTokens:
-    generator = torch.Generator().manual_seed(batch * 1000 + count)
-    uniform = torch.rand(batch, count, 5, generator=generator)
-    geometry = uniform * 1.8 - 0.9
-    geometry[..., SIGMA] = 0.01 + 0.5 * uniform[..., SIGMA]
-    texture = torch.randn(batch, count, channels, generator=generator).to(dtype)
-    return GPSTokens(geometry, texture, **({"image_size": (48, 64)} | fields))
-
-
-def assert_same(a: GPSTokens, b: GPSTokens) -> None:
-    assert torch.equal(a.geometry, b.geometry)
-    assert torch.equal(a.texture, b.texture) and a.texture.dtype == b.texture.dtype
-    assert (a.image_size, a.tile_grid, a.canvas_size) == (b.image_size, b.tile_grid, b.canvas_size)
-
 
 # Layout and values
 
 
 def test_sizes():
-    tokens = make_tokens(
-        2, 12, 7, torch.bfloat16, image_size=(50, 60), tile_grid=(2, 3), canvas_size=(64, 96)
-    )
+    tokens = make_tokens(2, 12, 7, torch.bfloat16, image_size=(50, 60), tile_grid=(2, 3), canvas_size=(64, 96))
     assert (tokens.batch_size, tokens.num_tokens, tokens.texture_channels, tokens.tokens_per_tile) == (
         2,
         12,
@@ -60,9 +35,6 @@ def test_canvas_defaults_to_the_image():
 def test_sizes_may_be_lists():
     tokens = make_tokens(image_size=[8, 9], tile_grid=[1, 1], canvas_size=[8, 10])
     assert (tokens.image_size, tokens.tile_grid, tokens.canvas_size) == ((8, 9), (1, 1), (8, 10))
-
-
-GEOMETRY, TEXTURE = torch.full((1, 6, 5), 0.5), torch.zeros(1, 6, 2)
 
 
 @pytest.mark.parametrize(
@@ -309,207 +281,3 @@ def test_tokens_compile_without_a_graph_break():
     expected_tokens, expected_split = pass_through(tiles.geometry, tiles.texture)
     assert_same(tokens, expected_tokens)
     assert torch.equal(split, expected_split)
-
-
-# Files
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_files_keep_every_bit(tmp_path, dtype):
-    tokens = make_tokens(2, 12, 3, dtype, image_size=(50, 60), tile_grid=(2, 2), canvas_size=(64, 64))
-    path = tmp_path / "a.safetensors"
-    tokens.save(path)
-    assert_same(GPSTokens.load(path), tokens)
-    assert_same(GPSTokens.load(str(path)), tokens)
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-    # 8 bytes of length, a JSON header padded to 8, and the two tensors: nothing else is stored.
-    header_length = int.from_bytes(path.read_bytes()[:8], "little")
-    assert path.stat().st_size == 8 + header_length + 2 * tokens.num_bytes
-
-
-def test_saving_views_and_parameters(tmp_path):
-    # One row, so that both slices are contiguous views of one storage.
-    for shape in ((1, 1, 8), (2, 6, 8)):
-        tokens = GPSTokens.from_tensor(torch.full(shape, 0.5, requires_grad=True), (8, 8))
-        tokens.save(tmp_path / "a.safetensors")
-        assert_same(GPSTokens.load(tmp_path / "a.safetensors"), tokens.detach())
-
-
-def test_header_and_metadata(tmp_path):
-    path = tmp_path / "a.safetensors"
-    make_tokens(tile_grid=(2, 2), canvas_size=(64, 64)).save(path, metadata={"model": "gpstoken-mini"})
-    assert GPSTokens.read_metadata(path) == {
-        "format": "gpstoken.tokens",
-        "format_version": "1",
-        "image_size": "[48, 64]",
-        "tile_grid": "[2, 2]",
-        "canvas_size": "[64, 64]",
-        "model": "gpstoken-mini",
-    }
-
-
-def test_metadata_must_be_new_strings(tmp_path):
-    with pytest.raises(ValueError, match="own header: format, tile_grid"):
-        make_tokens().save(tmp_path / "a", metadata={"tile_grid": "", "format": "", "x": ""})
-    with pytest.raises(TypeError, match="strings to strings"):
-        make_tokens().save(tmp_path / "a", metadata={"steps": 3})
-    assert os.listdir(tmp_path) == []
-
-
-def test_impossible_tokens_are_not_saved(tmp_path):
-    tokens = make_tokens()
-    tokens.geometry[0, 3, RHO] = 1
-    with pytest.raises(ValueError, match="token 3 of image 0"):
-        tokens.save(tmp_path / "a")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, failure):
-    path = tmp_path / "a.safetensors"
-    old = make_tokens(1)
-    old.save(path)
-
-    def fail(*_):
-        raise failure
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(type(failure)) as caught:
-        make_tokens(2).save(path)
-    monkeypatch.undo()
-    if isinstance(failure, OSError):
-        assert caught.value.errno == 28 and caught.value.filename == str(path)
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-    assert_same(GPSTokens.load(path), old)
-
-
-def test_saving_where_one_cannot(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cannot write the file") as caught:
-        make_tokens().save(tmp_path / "missing" / "a.safetensors")
-    assert caught.value.filename == str(tmp_path / "missing" / "a.safetensors")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="cannot write the file"):
-        make_tokens().save(tmp_path / "file" / "a.safetensors")
-
-
-def test_a_new_file_is_as_readable_as_any(tmp_path):
-    (tmp_path / "plain").write_bytes(b"")
-    write_atomically(tmp_path / "atomic", b"data")
-    assert (tmp_path / "atomic").read_bytes() == b"data"
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_loading_what_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
-        GPSTokens.load(tmp_path / "nothing.safetensors")
-    with pytest.raises(IsADirectoryError):
-        GPSTokens.load(tmp_path)
-
-
-@pytest.mark.parametrize("kept", [1, 7, 8, 9, 100, -5000, -1])
-def test_truncated_files(tmp_path, kept):
-    path = tmp_path / "a.safetensors"
-    make_tokens(2, 100, 32).save(path)
-    path.write_bytes(path.read_bytes()[:kept])
-    message = "not a safetensors file" if kept in (1, 7, 8) else "truncated or damaged safetensors file"
-    with pytest.raises(ValueError, match=f"a.safetensors: (a )?{message}.*Encode the image again"):
-        GPSTokens.load(path)
-
-
-class Bomb:
-    """Unpickling this creates a file."""
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
-def _png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _torch_saved(value: object, zipped: bool) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (lambda _: b"", "the file is empty"),
-        (lambda _: b"geometry: 1 2 3, texture: 4 5 6", "not a safetensors file"),
-        (lambda _: b"\0" * 64, "not a safetensors file"),
-        (lambda _: _png(), "not a safetensors file"),
-        (lambda target: pickle.dumps(Bomb(target), protocol=2), "a Python pickle"),
-        (lambda target: pickle.dumps(Bomb(target)), "a Python pickle"),
-        (lambda target: _torch_saved(Bomb(target), zipped=True), "a Python pickle"),
-        (lambda target: _torch_saved(Bomb(target), zipped=False), "a Python pickle"),
-    ],
-    ids=["empty", "text", "zeros", "png", "pickle2", "pickle", "torch", "torch-legacy"],
-)
-def test_files_of_another_kind(tmp_path, content, message):
-    target = tmp_path / "executed"
-    (tmp_path / "a.safetensors").write_bytes(content(target))
-    for read in (GPSTokens.load, GPSTokens.read_metadata):
-        with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
-            read(tmp_path / "a.safetensors")
-    assert not target.exists()
-
-
-def write_file(path: Path, tensors: dict[str, torch.Tensor], **header: str | None) -> None:
-    sizes = {name: json.dumps(size) for name, size in (("image_size", (8, 8)), ("tile_grid", (1, 1)))}
-    whole = {"format": "gpstoken.tokens", "format_version": "1", "canvas_size": "[8, 8]"} | sizes | header
-    save_file(tensors, path, metadata={name: text for name, text in whole.items() if text is not None})
-
-
-GOOD = {"geometry": GEOMETRY, "texture": TEXTURE}
-
-
-def test_the_hand_written_file_is_good(tmp_path):
-    write_file(tmp_path / "a", GOOD)
-    assert_same(GPSTokens.load(tmp_path / "a"), GPSTokens(GEOMETRY, TEXTURE, (8, 8)))
-
-
-@pytest.mark.parametrize(
-    ("tensors", "header", "message"),
-    [
-        (GOOD, {"format": None}, r"not of tokens: it holds 2 tensors \(geometry, texture\)"),
-        (
-            {f"block.{i}": TEXTURE + i for i in range(5)},
-            {"format": "pt"},
-            r"5 tensors \(block.0, block.1, .*, \.\.\.\)",
-        ),
-        (GOOD, {"format_version": "2"}, "format version 2, but this program reads up to 1. Upgrade it"),
-        (GOOD, {"format_version": "latest"}, "their format version reads 'latest'"),
-        (GOOD, {"format_version": None}, "damaged"),
-        ({"geometry": GEOMETRY}, {}, "the tokens lack 'texture'"),
-        (GOOD, {"image_size": None}, "the tokens lack 'image_size'"),
-        (GOOD, {"image_size": "8 by 8"}, "damaged"),
-        (GOOD, {"image_size": '"ab"'}, "image_size must be two ints"),
-        (GOOD, {"image_size": "[8, -8]"}, "image_size must be at least 1"),
-        (GOOD, {"tile_grid": "[4, 1]"}, "6 tokens do not divide evenly"),
-        (GOOD | {"geometry": GEOMETRY.double()}, {}, "float32, not torch.float64"),
-        (GOOD | {"geometry": GEOMETRY[0]}, {}, r"\(B, N, 5\), not \(6, 5\)"),
-        (GOOD | {"texture": TEXTURE.int()}, {}, "not torch.int32"),
-        (GOOD | {"texture": TEXTURE / 0}, {}, "the texture must be finite"),
-        (GOOD | {"geometry": GEOMETRY * 2}, {}, "rho must lie strictly"),
-        (GOOD | {"geometry": GEOMETRY * 0}, {}, "sigma_x and sigma_y must be greater than 0"),
-        ({"geometry": GEOMETRY[:0], "texture": TEXTURE[:0]}, {}, "tokens are empty"),
-    ],
-)
-def test_damaged_and_foreign_safetensors(tmp_path, tensors, header, message):
-    path = tmp_path / "a.safetensors"
-    write_file(path, tensors, **header)
-    with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
-        GPSTokens.load(path)
-
-
-def test_a_checkpoint_is_not_tokens():
-    with pytest.raises(ValueError, match="not of tokens: it holds .* tensors"):
-        GPSTokens.load(golden("ae_small_weights.safetensors"))

@@ -54,9 +54,10 @@ def encode(args: argparse.Namespace) -> int:
     prepare_file(args.output, args.image)
     codec = load_codec(args)
     encoded = codec.encode(args.image, args.num_tokens, args.importance, args.importance_strength)
-    encoded.tokens.save(args.output, _metadata(codec))
+    encoded.tokens.save(args.output, _metadata(codec), dtype=args.encoding)
     if not args.quiet:
-        print(f"{args.output}: {_sizes(encoded.tokens)}")
+        stored = f"; stored as {args.encoding} in {args.output.stat().st_size:,} bytes" if args.encoding else ""
+        print(f"{args.output}: {_sizes(encoded.tokens)}{stored}")
     return 0
 
 
@@ -69,7 +70,8 @@ def decode(args: argparse.Namespace) -> int:
     check_picture_suffix(args.output)
     prepare_file(args.output, args.tokens)
     tokens = GPSTokens.load(args.tokens)
-    maker = GPSTokens.read_metadata(args.tokens).get("model")
+    metadata = GPSTokens.read_metadata(args.tokens)
+    maker = metadata.get("model")
     if len(tokens) > 1:
         raise ValueError(f"{args.tokens} holds {len(tokens)} pictures; this command decodes files of one.")
     codec = load_codec(args)
@@ -81,7 +83,7 @@ def decode(args: argparse.Namespace) -> int:
     picture = codec.decode(tokens, args.mode, _size(tokens.image_size, args.height, args.width))
     write_picture(picture, args.output)
     if not args.quiet:
-        print(f"{args.output}: {picture.width} x {picture.height} px")
+        print(f"{args.output}: {picture.width} x {picture.height} px, from tokens in {metadata['encoding']}")
     return 0
 
 
