@@ -4,8 +4,9 @@
     accelerate launch examples/encode_dataset.py --data pictures/train --output tokens --num_tokens 128 --views 4
 
 PICTURES holds one folder per class with pictures in it (Class/any/picture.png); classes are numbered in the order of
-their names. Where the optional package `datasets` is installed, --data may also be a dataset that it saved on disk
-(`save_to_disk`) or loads by name, with one column of pictures and one of class labels.
+their names. A folder with pictures and no folders in it is one class. Where the optional package `datasets` is
+installed, --data may also be a dataset that it saved on disk (`save_to_disk`) or loads by name, with one column of
+pictures and one of class labels.
 
 Each picture is laid on white where it is transparent, scaled so that its shorter side is the model's tile, and cut to
 its centre square. With --views K there are K - 1 more items of it, each changed a little: scaled by 0.8 to 1.1, moved
@@ -44,11 +45,11 @@ from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor
 from gpstoken_diffusers.assets import MINI
 from gpstoken_diffusers.ops.partition import max_tokens
 from gpstoken_diffusers.training.labelled_pictures import (
-    DatasetPictures,
-    FolderPictures,
+    ClassFolders,
+    LabelledDataset,
     change_view,
     load_picture,
-    open_pictures,
+    open_labelled,
 )
 from gpstoken_diffusers.training.token_dataset import (
     TokenDataset,
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--autoencoder", default="mini", help='Folder of an AutoencoderGPSToken, or "mini", the one shipped.')
-    add("--data", required=True, help="Folder of class folders, or a dataset of the package `datasets`.")
+    add("--data", required=True, help="Folder of class folders or pictures, or a dataset of the package `datasets`.")
     add("--split", default="train", help="Which split of a dataset that `datasets` loads by name.")
     add("--output", type=Path, required=True, help="Folder for the shards and dataset.json.")
     add("--num_tokens", type=int, help="Tokens per picture; default: the autoencoder's own number.")
@@ -91,7 +92,7 @@ class EncoderInputs(Dataset):
     could be read; `names` and `labels` of the items in it; `skipped`, picture -> reason.
     """
 
-    def __init__(self, pictures: FolderPictures | DatasetPictures, processor: GPSTokenImageProcessor, args):
+    def __init__(self, pictures: ClassFolders | LabelledDataset, processor: GPSTokenImageProcessor, args):
         self.pictures, self.processor = pictures, processor
         self.views, self.flip = args.views, args.flip
 
@@ -224,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
     # Processes wait for the slowest of them at the end: no time is too long.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     main = accelerator.is_main_process
-    pictures = open_pictures(args.data, args.split)
+    pictures = open_labelled(args.data, args.split)
     source = MINI if args.autoencoder == "mini" else args.autoencoder
     model = AutoencoderGPSToken.from_pretrained(source, torch_dtype=getattr(torch, args.dtype)).eval()
     config = model.config

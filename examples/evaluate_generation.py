@@ -42,7 +42,7 @@ from gpstoken_diffusers import GPSTokenImageProcessor, GPSTokenPipeline, GPSToke
 from gpstoken_diffusers.distances import kernel_distance, nearest_neighbours
 from gpstoken_diffusers.safe_files import write_atomically
 from gpstoken_diffusers.training.data import center_crop, to_pixel_values
-from gpstoken_diffusers.training.labelled_pictures import FolderPictures
+from gpstoken_diffusers.training.labelled_pictures import ClassFolders
 from gpstoken_diffusers.visualization import panel, picture_grid
 
 DEFAULT_STEPS = 20
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------- real pictures
 
 
-def open_classes(folder: Path, names: list[str]) -> tuple[FolderPictures, Tensor]:
+def open_classes(folder: Path, names: list[str]) -> tuple[ClassFolders, Tensor]:
     """The pictures of a folder, and the place in `names` of each one's class (n,) int64.
 
     Raises:
@@ -94,7 +94,7 @@ def open_classes(folder: Path, names: list[str]) -> tuple[FolderPictures, Tensor
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    pictures = FolderPictures(folder)
+    pictures = ClassFolders(folder)
     found, expected = set(pictures.id2label.values()), set(names)
     if found != expected:
         parts = [(f"{folder} lacks", expected - found), ("the pipeline does not know", found - expected)]
@@ -219,7 +219,7 @@ def describe(
 
 
 def describe_folder(
-    network: nn.Module, pictures: FolderPictures, side: int, mirrored: bool, name: str, args: argparse.Namespace
+    network: nn.Module, pictures: ClassFolders, side: int, mirrored: bool, name: str, args: argparse.Namespace
 ) -> Described:
     """[`describe`] of all pictures of a folder; kept, as it is the same for every pipeline."""
     identity = f"{network.name} {side} {mirrored} {pictures.fingerprint()}"

@@ -25,7 +25,8 @@ from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
 from gpstoken_diffusers.assets import MINI
 from gpstoken_diffusers.metrics import psnr, ssim
 from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS
-from gpstoken_diffusers.training.data import PhotographCrops, center_crop, list_images, to_pixel_values
+from gpstoken_diffusers.training.data import TrainingCrops, center_crop, to_pixel_values
+from gpstoken_diffusers.training.pictures import list_images
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,7 +65,7 @@ class PatchPCA:
 
     def __init__(self, folder: str, resolution: int, patch: int, components: int, crops: int = 1200):
         self.patch = patch
-        dataset = PhotographCrops(folder, resolution, num_tokens=1, length=crops)
+        dataset = TrainingCrops(folder, resolution, num_tokens=1, length=crops)
         patches = torch.cat([self._cut(dataset[index]["pixel_values"][None]) for index in range(crops)])
         self.mean = patches.mean(0)
         centred = (patches - self.mean).double()

@@ -196,7 +196,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         try:
             with Image.open(path) as image:
                 image.load()
-                return _upright_rgb(image, background)
+                return upright_rgb(image, background)
         except PermissionError:
             raise
         except UnidentifiedImageError as error:
@@ -265,7 +265,8 @@ def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     raise TypeError(f"images must be PIL images, numpy arrays or tensors, got {type(images).__name__}.")
 
 
-def _upright_rgb(image: Image.Image, background: Sequence[int]) -> Image.Image:
+def upright_rgb(image: Image.Image, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
+    """A picture of any mode, turned as its camera says and laid on a colour where it is transparent, in RGB."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -315,7 +316,7 @@ def _to_pixel_values(image: ImageLike, background: Sequence[int]) -> Tensor:
             return values.expand(3, -1, -1) * 2 - 1
         array = values.permute(1, 2, 0).numpy()
         image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-    array = np.asarray(_upright_rgb(image, background), dtype=np.float64) / 127.5 - 1
+    array = np.asarray(upright_rgb(image, background), dtype=np.float64) / 127.5 - 1
     return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1).contiguous()
 
 

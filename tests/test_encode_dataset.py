@@ -22,10 +22,10 @@ from PIL import Image
 from gpstoken_diffusers import GPSTokenImageProcessor
 from gpstoken_diffusers.training.labelled_pictures import (
     VIEW_SCALE,
-    DatasetPictures,
+    LabelledDataset,
     change_view,
     load_picture,
-    open_pictures,
+    open_labelled,
 )
 from gpstoken_diffusers.training.token_dataset import TokenDataset, shard_path
 
@@ -237,6 +237,16 @@ def test_workers_change_nothing(encode, whole, tmp_path):
     assert files(tmp_path / "workers") == files(whole)
 
 
+def test_a_folder_of_pictures_is_one_class(encode, tmp_path):
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    for number in range(2):
+        smooth(number).save(folder / f"{number}.png")
+    assert encode(tmp_path / "out", "--data", str(folder)) == 0
+    dataset = TokenDataset(tmp_path / "out")
+    assert dataset.id2label == {0: "holiday"} and set(dataset.labels.tolist()) == {0}
+
+
 def test_unusable_input_is_one_message(encode, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
 
@@ -244,15 +254,13 @@ def test_unusable_input_is_one_message(encode, tmp_path, capsys, monkeypatch):
         assert encode(tmp_path / "out", "--data", str(data), *extra) == 1
         return capsys.readouterr().err
 
-    empty, flat, hollow, broken = (tmp_path / name for name in ("empty", "flat", "hollow", "broken"))
-    for folder in (empty, flat, hollow / "ant", broken / "ant"):
+    empty, hollow, broken = (tmp_path / name for name in ("empty", "hollow", "broken"))
+    for folder in (empty, hollow / "ant", broken / "ant"):
         folder.mkdir(parents=True)
-    smooth(0).save(flat / "a.png")
     (broken / "ant" / "a.png").write_bytes(b"no picture")
     assert "is no folder of class folders" in (message := error(data=tmp_path / "absent"))
     assert "pip install datasets" in message
-    assert "holds no folder: expected one per class" in error(data=empty)
-    assert "holds no folder: expected one per class" in error(data=flat)
+    assert f"{empty} holds no image" in error(data=empty)
     assert f"{hollow / 'ant'} holds no image" in error(data=hollow)
     assert "no picture could be read" in error(data=broken)
     assert "tile of 32 px has 1 to" in error("--num_tokens", "5000", data=broken)
@@ -372,7 +380,7 @@ def test_datasets_are_read_undecoded(tmp_path):
         {"bytes": b"damaged", "path": "c.png"},
     ]
     features = {"img": ImageFeature(), "kind": ClassLabel()}
-    pictures = DatasetPictures(StandIn({"img": images, "kind": [1, 0, 1]}, features))
+    pictures = LabelledDataset(StandIn({"img": images, "kind": [1, 0, 1]}, features))
     assert pictures.id2label == {0: "ant", 1: "zebra"}
     assert pictures.labels == [1, 0, 1]
     assert pictures.names == ["zebra/00000000", "ant/00000001", "zebra/00000002"]
@@ -383,9 +391,9 @@ def test_datasets_are_read_undecoded(tmp_path):
     with pytest.raises(FileNotFoundError):  # no damage: the disk may be back later, so nothing is left out
         load_picture(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="Expected classes 0 to 1, got {-1}: take a labelled split"):
-        DatasetPictures(StandIn({"img": images, "kind": [1, -1, 1]}, features))
+        LabelledDataset(StandIn({"img": images, "kind": [1, -1, 1]}, features))
     with pytest.raises(ValueError, match="one Image and one ClassLabel column"):
-        DatasetPictures(StandIn({}, {"img": ImageFeature(), "text": str}))
+        LabelledDataset(StandIn({}, {"img": ImageFeature(), "text": str}))
 
 
 def test_a_real_dataset(tmp_path):
@@ -393,7 +401,7 @@ def test_a_real_dataset(tmp_path):
     images = [smooth(8), smooth(9)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "zebra"])})
     datasets.Dataset.from_dict({"image": images, "label": [1, 0]}, features=features).save_to_disk(str(tmp_path / "d"))
-    pictures = open_pictures(str(tmp_path / "d"), "train")
+    pictures = open_labelled(str(tmp_path / "d"), "train")
     assert pictures.labels == [1, 0]
     assert load_picture(pictures.open(1)).tobytes() == images[1].tobytes()
-    assert pictures.fingerprint() == open_pictures(str(tmp_path / "d"), "train").fingerprint()
+    assert pictures.fingerprint() == open_labelled(str(tmp_path / "d"), "train").fingerprint()

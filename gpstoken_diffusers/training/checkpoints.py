@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +30,22 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep:
     """Write the state of a run, into a temporary folder that is renamed once complete; remove all but `keep`.
 
     Every process must call this.
+
+    Raises OSError: it cannot be written; the checkpoints before it stay.
     """
     temporary, final = output_dir / f"tmp-checkpoint-{step}", output_dir / f"checkpoint-{step}"
-    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        for left_over in output_dir.glob("tmp-checkpoint-*"):  # of a process that was killed
+            shutil.rmtree(left_over)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"The checkpoint of step {step} could not be written to {output_dir} ({error}). Is the disk full? Earlier "
+            "checkpoints are whole: make room, then go on with --resume_from_checkpoint latest."
+        ) from error
     # Other processes write files of their own into the folder: it must not be renamed under them.
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -38,6 +54,27 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep:
     os.replace(temporary, final)
     for old in list_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` once the block ends without an error.
+
+    A process that is killed meanwhile leaves the old folder, or for an instant its name with ".old" appended.
+    """
+    temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> int:

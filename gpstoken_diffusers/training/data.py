@@ -1,4 +1,4 @@
-"""Photographs as training samples: random crops with their partition, made in the loader's workers."""
+"""Pictures as training samples: crops with their partition, made in the loader's workers."""
 
 from __future__ import annotations
 
@@ -6,33 +6,23 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..ops.partition import partition_image
+from .pictures import UNREADABLE, Pictures, open_pictures
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, sorted by path.
-
-    Raises ValueError: no such folder, or no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of images.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    return paths
+CROPS = ("scales", "center")
+CACHE_BYTES = 1 << 30
+"""Decoded pictures that each loading process keeps, in bytes."""
+MAX_UNREADABLE = 100
+"""So many unreadable pictures in a row are no accident."""
 
 
 def to_pixel_values(image: Image.Image) -> Tensor:
@@ -46,64 +36,130 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
 
 
-class PhotographCrops(Dataset):
-    """Random square crops of the photographs in folders, with the partition of each.
+class TrainingCrops(Dataset):
+    """Square crops of pictures, with the partition of each.
 
-    A crop's side is drawn log-uniformly between the resolution and the photograph's shorter side, and the crop is
-    scaled down to the resolution: coarse and fine detail appear equally often. Crops are mirrored half of the time.
+    Every pass over the data shows each picture once, in an order of its own. Crops are mirrored half of the time.
+    Pictures that cannot be read are replaced by others, and named in the sample.
 
     Args:
-        folders: one or several, each searched with its subfolders. Several are drawn from equally often, however many
-            photographs they hold.
+        sources: one or several, each a place that `open_pictures` takes or a collection of pictures. Several are drawn
+            from equally often, however many pictures they hold.
         resolution: side of the samples in pixels.
         num_tokens: tokens of the partition.
-        length: samples per epoch.
-        seed: sample i of epoch e depends on (seed, e, i) alone, whatever the number of workers and processes.
+        length: samples in all.
+        seed: sample i depends on (seed, i) alone, whatever the number of workers and processes.
+        crop: "scales" draws the crop's side log-uniformly between the resolution and the picture's shorter side, and
+            scales it down, so that coarse and fine detail appear equally often; "center" takes the centre square, as
+            the official training does.
+        token_jitter: a batch has num_tokens (1 +- this) tokens.
+        batch_size: samples that follow each other and share their number of tokens: those of a step on all processes.
 
-    A sample: `pixel_values` (3, R, R) float32 in [-1, 1], `regions` (N, 4) int32, `geometry` (N, 5) float32.
+    A sample: `pixel_values` (3, R, R) float32 in [-1, 1], `regions` (N, 4) int32, `geometry` (N, 5) float32, `skipped`,
+    a list of names. `collate_crops` makes batches of them.
+
+    Raises ValueError: a place without pictures, or settings out of range.
     """
 
     def __init__(
         self,
-        folders: str | os.PathLike | Sequence[str | os.PathLike],
+        sources: str | os.PathLike | Pictures | Sequence[str | os.PathLike | Pictures],
         resolution: int,
         num_tokens: int,
         length: int,
         seed: int = 0,
+        crop: str = "scales",
+        token_jitter: float = 0.0,
+        batch_size: int = 1,
     ):
-        folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
-        self.paths = [list_images(folder) for folder in folders]
+        if crop not in CROPS:
+            raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}.")
+        if not 0 <= token_jitter < 1:
+            raise ValueError(f"token_jitter is a share in [0, 1), got {token_jitter}.")
+        sources = sources if isinstance(sources, (list, tuple)) else [sources]
+        self.sources: list[Pictures] = [
+            open_pictures(source) if isinstance(source, (str, os.PathLike)) else source for source in sources
+        ]
         self.resolution, self.num_tokens, self.length, self.seed = resolution, num_tokens, length, seed
-        self._decoded: dict[Path, Image.Image] = {}
+        self.crop, self.token_jitter, self.batch_size = crop, token_jitter, batch_size
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._decoded: dict[tuple[int, int], Image.Image] = {}
+        self._cached_bytes = 0
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor | list[str]]:
         random = np.random.default_rng((self.seed, index))
-        paths = self.paths[random.integers(len(self.paths))] if len(self.paths) > 1 else self.paths[0]
-        image = self._load(paths[random.integers(len(paths))])
-        width, height = image.size
-        shorter = min(width, height)
-        # Photographs below the resolution are enlarged, as there is nothing else to take from them.
-        low = min(self.resolution, shorter)
-        side = math.exp(random.uniform(math.log(low), math.log(shorter)))
-        left, top = random.uniform(0, width - side), random.uniform(0, height - side)
-        crop = image.resize(
-            (self.resolution, self.resolution),
-            Image.Resampling.BICUBIC,
-            box=(left, top, left + side, top + side),
-            reducing_gap=3,
-        )
-        if random.random() < 0.5:
-            crop = ImageOps.mirror(crop)
-        pixel_values = to_pixel_values(crop)
-        regions, geometry = partition_image(pixel_values[None], self.num_tokens)
-        return {"pixel_values": pixel_values, "regions": regions[0], "geometry": geometry[0]}
+        image, skipped = self._draw(index, random)
+        pixel_values = to_pixel_values(self._cut(image, random))
+        regions, geometry = partition_image(pixel_values[None], self._tokens_of_batch(index // self.batch_size))
+        return {"pixel_values": pixel_values, "regions": regions[0], "geometry": geometry[0], "skipped": skipped}
 
-    def _load(self, path: Path) -> Image.Image:
-        # Decoding takes longer than everything else here, and a corpus of some hundred photographs fits in memory.
-        if path not in self._decoded:
-            with Image.open(path) as image:
-                self._decoded[path] = ImageOps.exif_transpose(image).convert("RGB")
-        return self._decoded[path]
+    def _tokens_of_batch(self, batch: int) -> int:
+        share = np.random.default_rng((self.seed, batch, 1)).uniform(1 - self.token_jitter, 1 + self.token_jitter)
+        return max(1, round(self.num_tokens * share))
+
+    def _draw(self, index: int, random: np.random.Generator) -> tuple[Image.Image, list[str]]:
+        """The picture of a sample, and the names of those in its place that could not be read."""
+        source = int(random.integers(len(self.sources))) if len(self.sources) > 1 else 0
+        place = self._place(source, index)
+        skipped = []
+        for _ in range(MAX_UNREADABLE):
+            try:
+                return self._load(source, place), skipped
+            except UNREADABLE as error:
+                name = self.sources[source].name(place)
+                logger.warning("%s cannot be read and is skipped: %s", name, error)
+                skipped.append(name)
+                place = int(random.integers(len(self.sources[source])))
+        raise OSError(
+            f"{MAX_UNREADABLE} pictures in a row could not be read, the last of them {skipped[-1]}. Is this the right "
+            "folder, and is its disk there?"
+        )
+
+    def _place(self, source: int, index: int) -> int:
+        """Which picture of a source sample `index` shows."""
+        count = len(self.sources[source])
+        passes, place = divmod(index, count)
+        if source not in self._orders or self._orders[source][0] != passes:
+            order = np.random.default_rng((self.seed, source, passes, 2)).permutation(count)
+            self._orders[source] = (passes, order)
+        return int(self._orders[source][1][place])
+
+    def _cut(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        if self.crop == "center":
+            cut = center_crop(image, self.resolution)
+        else:
+            width, height = image.size
+            shorter = min(width, height)
+            # Pictures below the resolution are enlarged, as there is nothing else to take from them.
+            low = min(self.resolution, shorter)
+            side = math.exp(random.uniform(math.log(low), math.log(shorter)))
+            left, top = random.uniform(0, width - side), random.uniform(0, height - side)
+            cut = image.resize(
+                (self.resolution, self.resolution),
+                Image.Resampling.BICUBIC,
+                box=(left, top, left + side, top + side),
+                reducing_gap=3,
+            )
+        return ImageOps.mirror(cut) if random.random() < 0.5 else cut
+
+    def _load(self, source: int, place: int) -> Image.Image:
+        # Decoding takes longer than everything else here. The first pictures that fit are kept: with an order that
+        # visits all of them in turn, dropping the oldest for the newest would never find one again.
+        image = self._decoded.get((source, place))
+        if image is None:
+            image = self.sources[source].load(place)
+            size = 3 * image.width * image.height
+            if self._cached_bytes + size <= CACHE_BYTES:
+                self._decoded[source, place] = image
+                self._cached_bytes += size
+        return image
+
+
+def collate_crops(samples: list[dict]) -> dict[str, Tensor | list[str]]:
+    """A batch of samples of `TrainingCrops`: tensors are stacked, names of skipped pictures joined."""
+    skipped = [name for sample in samples for name in sample["skipped"]]
+    tensors = [{name: value for name, value in sample.items() if name != "skipped"} for sample in samples]
+    return default_collate(tensors) | {"skipped": skipped}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .data import list_images
+from .pictures import list_images
 
 VIEW_SCALE = (0.8, 1.1)
 """How large [`change_view`] may make a picture."""
@@ -18,20 +18,19 @@ VIEW_SHIFT = 0.06
 """How far [`change_view`] may move a picture along each axis, in sides of its centre square."""
 
 
-class FolderPictures:
-    """Pictures in class folders.
+class ClassFolders:
+    """Pictures in class folders, or in a folder without any, which is then the only class.
 
-    Raises ValueError: no class folder in the folder, or a class without pictures.
+    Raises ValueError: neither a class folder nor a picture in the folder, or a class without pictures.
     """
 
     def __init__(self, folder: Path):
         classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not classes:
-            raise ValueError(f"{folder} holds no folder: expected one per class, with the pictures in them.")
-        self.id2label = dict(enumerate(classes))
+        places = [folder / name for name in classes] or [folder]
+        self.id2label = dict(enumerate(place.resolve().name for place in places))
         self.paths, self.labels = [], []
-        for label, name in self.id2label.items():
-            found = list_images(folder / name)
+        for label, place in enumerate(places):
+            found = list_images(place)
             self.paths += found
             self.labels += [label] * len(found)
         self.names = [path.relative_to(folder).as_posix() for path in self.paths]
@@ -50,7 +49,7 @@ class FolderPictures:
         return digest.hexdigest()
 
 
-class DatasetPictures:
+class LabelledDataset:
     """The pictures of a dataset of the package `datasets`: its only column of images, and of class labels.
 
     Raises ValueError: it has no such columns, or several, or pictures without a class (as test splits do).
@@ -85,7 +84,7 @@ class DatasetPictures:
         return self._fingerprint
 
 
-def open_pictures(data: str, split: str) -> FolderPictures | DatasetPictures:
+def open_labelled(data: str, split: str) -> ClassFolders | LabelledDataset:
     """The pictures that --data means.
 
     Raises ValueError: neither a folder of class folders nor a dataset, or `datasets` would be needed and is missing.
@@ -93,7 +92,7 @@ def open_pictures(data: str, split: str) -> FolderPictures | DatasetPictures:
     folder = Path(data)
     saved = (folder / "state.json").is_file()
     if folder.is_dir() and not saved:
-        return FolderPictures(folder)
+        return ClassFolders(folder)
     try:
         import datasets
     except ImportError as error:
@@ -101,7 +100,7 @@ def open_pictures(data: str, split: str) -> FolderPictures | DatasetPictures:
             f"{data} is no folder of class folders. If it is a dataset of the package `datasets`, install that first: "
             "pip install datasets"
         ) from error
-    return DatasetPictures(datasets.load_from_disk(data) if saved else datasets.load_dataset(data, split=split))
+    return LabelledDataset(datasets.load_from_disk(data) if saved else datasets.load_dataset(data, split=split))
 
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:

@@ -1,0 +1,167 @@
+"""What an autoencoder is trained for: pixels, what a perceptual network sees, and what a critic thinks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..image_processor import GPSTokenImageProcessor
+from ..metrics import psnr, ssim
+from .data import center_crop, to_pixel_values
+from .discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from .loop import Objective
+from .pictures import UNREADABLE, Pictures
+from .run_record import RunState
+
+CRITIC_SCHEDULES = ("both", "alternating")
+SHEET_COLUMNS = 8
+
+
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `AutoencoderObjective` reads."""
+    add = parser.add_argument
+    add("--l1_weight", type=float, default=1.0)
+    add("--l2_weight", type=float, default=1.0)
+    add("--perceptual_weight", type=float, default=0.0, help="Of the distance that --perceptual_network measures.")
+    add("--feature_weight", type=float, default=0.0, help="Of the distance that --feature_network measures.")
+    add("--adversarial_weight", type=float, default=0.0, help="Of the critic's opinion; 0 trains without a critic.")
+    add("--critic_start", type=int, default=0, help="Step at which the critic begins.")
+    add("--critic_schedule", default="both", choices=CRITIC_SCHEDULES,
+        help="Train model and critic in every step, or in turns, each every other step, as officially.")
+    add("--critic_learning_rate", type=float, default=1e-4)
+    add("--critic_channels", type=int, default=64)
+    add("--critic_norm", default="group", choices=["group", "batch"])
+    add("--texture_noise", type=float, default=0.0,
+        help="Noise on textures, up to this share of their deviation: for tokens that a generator is to draw.")
+
+
+class AutoencoderObjective(Objective):
+    """Reconstruction, perceptual and adversarial losses, and validation on held-out pictures.
+
+    loss = l1 |x - y| + l2 (x - y)^2 + perceptual d(x, y) + features f(x, y) + adversarial w (-critic(x)), with the
+    adaptive weight w of [`adaptive_weight`], which compares with the first three terms.
+
+    Args:
+        args: of `add_loss_arguments` and of the loop.
+        perceptual: (reconstruction, picture), both (B, 3, H, W) in [-1, 1] -> (B,), differentiable; None without.
+        features: another of the kind.
+        last_layer: weight of the decoder's last layer.
+        mean: averages a tensor over the processes.
+        validation: held-out pictures, a batch (n, 3, R, R) in [-1, 1] per set.
+        judge: another distance for the curve, that training does not see; None without.
+        write_card: (folder, state) -> None, writes the model card.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+        features: Callable[[Tensor, Tensor], Tensor] | None,
+        last_layer: nn.Parameter,
+        mean: Callable[[Tensor], Tensor],
+        validation: list[Tensor],
+        judge: Callable[[Tensor, Tensor], Tensor] | None,
+        write_card: Callable[[Path, RunState], None],
+    ):
+        self.args, self.perceptual, self.features = args, perceptual, features
+        self.last_layer, self.mean, self.validation = last_layer, mean, validation
+        self.judge, self.write_card = judge, write_card
+        if args.adversarial_weight:
+            self.critic = PatchDiscriminator(channels=args.critic_channels, norm=args.critic_norm)
+            self.critic_learning_rate, self.critic_betas = args.critic_learning_rate, (0.5, 0.9)
+
+    def trains(self, step: int) -> tuple[bool, bool]:
+        if self.critic is None or step < self.args.critic_start:
+            return True, False
+        if self.args.critic_schedule == "alternating":
+            return step % 2 == 0, step % 2 == 1
+        return True, True
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return model(pixels, batch["geometry"], batch["regions"], texture_noise=self.args.texture_noise).sample
+
+    def model_loss(self, output: Tensor, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        args, target = self.args, batch["pixel_values"]
+        output = output.float()
+        difference = output - target
+        numbers = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
+        loss = args.l1_weight * numbers["l1"] + args.l2_weight * numbers["l2"]
+        if self.perceptual is not None:
+            numbers["perceptual"] = self.perceptual(output, target).mean()
+            loss = loss + args.perceptual_weight * numbers["perceptual"]
+        compared = loss
+        if self.features is not None:
+            numbers["features"] = self.features(output, target).mean()
+            loss = loss + args.feature_weight * numbers["features"]
+        if self.trains(step)[1] or (self.critic is not None and step >= args.critic_start):
+            self.critic.requires_grad_(False)  # its weights take no gradient from the model's loss
+            numbers["adversarial"] = -self.critic(output).float().mean()
+            self.critic.requires_grad_(True)
+            weight = adaptive_weight(compared, numbers["adversarial"], self.last_layer, self.mean)
+            numbers["adaptive_weight"] = weight
+            loss = loss + args.adversarial_weight * weight * numbers["adversarial"]
+        return {"loss": loss, **numbers}
+
+    def critic_loss(self, critic: nn.Module, output: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        real, fake = critic(batch["pixel_values"]), critic(output.float())
+        return {"critic_loss": hinge_loss(real, fake), "critic_real": real.mean(), "critic_fake": fake.mean()}
+
+    @torch.no_grad()
+    def validate(self, averaged: nn.Module, step: int) -> dict[str, float]:
+        """PSNR, SSIM and the judge's distance over held-out pictures; the first set's names carry no number."""
+        figures = {}
+        for number, images in enumerate(self.validation, start=1):
+            suffix = f"_{number}" if number > 1 else ""
+            outputs = reconstruct(averaged, images, self.args.mixed_precision != "no")
+            figures[f"psnr{suffix}"] = psnr(outputs, images).mean().item()
+            figures[f"ssim{suffix}"] = ssim(outputs, images).mean().item()
+            if self.judge is not None:
+                distances = [self.judge(*pair) for pair in zip(outputs.split(4), images.split(4), strict=True)]
+                figures[f"judge{suffix}"] = torch.cat(distances).mean().item()
+            save_sheet(images, outputs, Path(self.args.output_dir) / f"validation{suffix}.png")
+        return figures
+
+    def save(self, averaged: nn.Module, folder: Path, state: RunState) -> None:
+        """The model, the image processor that goes with it, and its card."""
+        averaged.save_pretrained(folder)
+        GPSTokenImageProcessor.for_autoencoder(averaged.config).save_pretrained(folder)
+        self.write_card(folder, state)
+
+
+def reconstruct(model: nn.Module, images: Tensor, in_bfloat16: bool) -> Tensor:
+    """(n, 3, H, W) in [-1, 1] -> the same on the CPU, through a model in eval mode, clamped to [-1, 1]."""
+    device = next(model.parameters()).device
+    outputs = []
+    for batch in images.split(4):
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+            outputs.append(model(batch.to(device)).sample.float().cpu().clamp(-1, 1))
+    return torch.cat(outputs)
+
+
+def load_validation(pictures: Pictures, resolution: int, most: int) -> Tensor:
+    """Centre squares of some pictures of a collection, spread over it: (n, 3, R, R) in [-1, 1].
+
+    Raises ValueError: none of them can be read.
+    """
+    crops = []
+    for index in list(range(0, len(pictures), max(1, len(pictures) // most)))[:most]:
+        try:
+            crops.append(to_pixel_values(center_crop(pictures.load(index), resolution)))
+        except UNREADABLE:
+            continue
+    if not crops:
+        raise ValueError(f"No validation picture can be read, {pictures.name(0)} among them.")
+    return torch.stack(crops)
+
+
+def save_sheet(images: Tensor, outputs: Tensor, path: Path) -> None:
+    """A picture of the first inputs above their reconstructions."""
+    rows = [torch.cat(list(row[:SHEET_COLUMNS]), dim=2) for row in (images, outputs)]
+    array = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(path)
