@@ -41,13 +41,13 @@ ENVIRONMENT = {
 }
 
 
-def make_photographs(folder: Path, count: int = 4) -> Path:
-    """Blurred noise, 80 x 60 pixels each."""
+def make_photographs(folder: Path, count: int = 4, size: tuple[int, int] = (80, 60)) -> Path:
+    """Blurred noise."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for index in range(count):
         coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        coarse.resize((80, 60), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.png")
     return folder
 
 

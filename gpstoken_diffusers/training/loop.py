@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     is_tensorboard_available,
@@ -105,7 +106,10 @@ class Objective:
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """accelerate's view of this run: devices, processes, precision, tracker."""
+    """accelerate's view of this run: devices, processes, precision, tracker.
+
+    Raises ValueError: a launch configuration that shards weights over processes.
+    """
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it announces each file of a checkpoint
     tracker = None if args.report_to == "none" else args.report_to
     if tracker == "tensorboard" and not is_tensorboard_available():
@@ -117,7 +121,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         # The others wait while the main process validates.
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),
     ]
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=tracker,
@@ -126,6 +130,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         ),
         kwargs_handlers=handlers,
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate's configuration asks for {accelerator.distributed_type}, which shards weights over processes. "
+            "These scripts average the weights and train a critic beside them, each process with all of it: choose "
+            "plain data parallelism in `accelerate config`. The largest released autoencoder needs 3 GB that way."
+        )
+    return accelerator
 
 
 def train(
