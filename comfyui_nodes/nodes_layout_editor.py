@@ -32,8 +32,8 @@ class GPSLayoutEditor(io.ComfyNode):
             display_name="GPS Layout Editor",
             category="GPSToken",
             description=(
-                "Shows Gaussians as ellipses, to be moved, scaled, turned, added, deleted with the mouse. Queue once "
-                "to see them; from then on each Queue applies what was done."
+                "Shows Gaussians as ellipses, to be moved, scaled, turned, added, deleted with the mouse. Run once "
+                "to see them; from then on each run applies what was done."
             ),
             inputs=[
                 io.MultiType.Input(

@@ -266,7 +266,7 @@ class LayoutEditor {
         this.keyboard = element("textarea", "", {
             readOnly: true, ariaLabel: "Gaussians: arrow keys move the selected ones, Delete deletes them",
         });
-        this.hint = element("div", "gps-layout-hint", {textContent: "Queue the workflow to see its Gaussians here."});
+        this.hint = element("div", "gps-layout-hint", {textContent: "Run the workflow to see its Gaussians here."});
         this.notice = element("div", "gps-layout-notice", {role: "alert"});
         this.noticeText = element("span", "");
         this.notice.append(this.noticeText, this.buttons.adopt);

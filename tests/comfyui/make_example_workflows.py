@@ -126,14 +126,14 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
             load
             | {
                 "layout": node(
-                    "GPSLayoutGenerate", model=model, label="Food", seed=1, steps=20, guidance=2.0, batch_size=4
+                    "GPSLayoutGenerate", model=model, label="Smileys", seed=12, steps=20, guidance=2.0, batch_size=4
                 ),
                 "tokens": node(
                     "GPSTextureGenerate",
                     model=model,
                     layout=("layout", 0),
-                    label="Food",
-                    seed=1,
+                    label="Smileys",
+                    seed=12,
                     denoise=1.0,
                     **sampling,
                 ),
@@ -143,7 +143,7 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "gaussians": preview(("lights", 0), "their layouts"),
             },
         ),
-        "4_layout_of_a_photo_texture_of_a_class": (
+        "4_layout_of_a_picture_texture_of_a_class": (
             "The shapes of one picture, filled with what a class looks like.\n\nA picture of 256 x 256 px is one tile, "
             "which is what the model generates; in larger ones each tile is drawn by itself.",
             load
@@ -194,9 +194,8 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
             },
         ),
         "6_edit_a_layout_by_hand": (
-            "Queue once: the editor then shows the picture and its Gaussians.\n\nDrag them, pull their handles, "
-            "delete or "
-            "add some, and queue again. What you did is saved with the workflow.",
+            "Run once: the editor then shows the picture and its Gaussians.\n\nDrag them, pull their handles, delete "
+            "or add some, and run again. What you did is saved with the workflow.",
             load
             | {
                 "image": example("duck"),
@@ -204,6 +203,10 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
                 "edited": node("GPSLayoutEditor", tokens=("encoded", 0), image=("image", 0), edits=""),
                 "decoded": decode(("edited", 0)),
                 "picture": preview(("decoded", 0), "edited"),
+                "ellipses": node(
+                    "GPSVisualize", tokens=("edited", 0), style="ellipses", image=("decoded", 0), width=0, height=0
+                ),
+                "gaussians": preview(("ellipses", 0), "its Gaussians"),
             },
         ),
         "7_merge_two_pictures": (
@@ -287,6 +290,14 @@ def arrange(graph: dict[str, Any], text: str) -> dict[str, Any]:
     return graph | {"nodes": [*graph["nodes"], note], "last_node_id": note["id"]}
 
 
+# Previews that the picture of the Templates dialog shows beside each other, and the part of them; else "picture" alone.
+THUMBNAILS = {
+    "2_focus_tokens_by_a_mask": (("without", "picture"), (200, 40, 400, 340)),
+    "5_inpaint": (("preview before", "picture"), None),
+    "6_edit_a_layout_by_hand": (("gaussians",), None),
+}
+
+
 def row(pictures: list[Image.Image]) -> Image.Image:
     """Up to four pictures of one height beside each other, as small as a thumbnail needs."""
     scaled = [one.convert("RGB").resize((round(one.width * PICTURE_PX / one.height), PICTURE_PX)) for one in pictures]
@@ -299,9 +310,9 @@ def row(pictures: list[Image.Image]) -> Image.Image:
 
 
 def square(pictures: list[Image.Image]) -> Image.Image:
-    """One picture, or four in a square."""
+    """One or two pictures in a row, or four in a square."""
     if len(pictures) != 4:
-        return row(pictures[:1])
+        return row(pictures)
     half = PICTURE_PX // 2
     sheet = Image.new("RGB", (2 * half, 2 * half), "white")
     for place, one in enumerate(pictures):
@@ -318,7 +329,9 @@ def main() -> None:
                 graph = arrange(page.ui_workflow_from_api(workflow), text)
                 (WORKFLOWS / f"{name}.json").write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
                 pictures = server.images(server.run(workflow, timeout=300))
-                square(pictures[numbers["picture"]]).save(WORKFLOWS / f"{name}.jpg", quality=88)
+                keys, part = THUMBNAILS.get(name, (("picture",), None))
+                shown = [one.crop(part) if part else one for key in keys for one in pictures[numbers[key]]]
+                square(shown).save(WORKFLOWS / f"{name}.jpg", quality=88)
                 print(name)
 
 

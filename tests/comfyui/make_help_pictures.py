@@ -90,8 +90,12 @@ def tokens_workflow() -> Workflow:
         "from image": node("GPSLayoutFromImage", model=model, image=("duck", 0), num_tokens=128, **importance),
         "from mask": node("GPSLayoutFromMask", model=model, mask=("mask", 0), num_tokens=128, strength=8.0),
         "from boxes": node("GPSLayoutFromBoxes", model=model, boxes="64, 64, 128, 128\n96, 96, 32, 32", num_tokens=128),
-        "generated": node("GPSLayoutGenerate", model=model, label="Food", seed=1, steps=20, guidance=2.0, batch_size=4),
-        "textured": node("GPSTextureGenerate", model=model, layout=("generated", 0), label="Food", **sampling),
+        "generated": node(
+            "GPSLayoutGenerate", model=model, label="Smileys", seed=12, steps=20, guidance=2.0, batch_size=4
+        ),
+        "textured": node(
+            "GPSTextureGenerate", model=model, layout=("generated", 0), label="Smileys", **sampling | {"seed": 12}
+        ),
         "SaveGPSTokens": node("SaveGPSTokens", tokens=duck, filename_prefix="help/duck"),
     }
 
@@ -161,8 +165,32 @@ def take_screenshots(page: ComfyUIPage) -> None:
         page.open()
         page.open_workflow(WORKFLOWS / f"{workflow}.json")
         page.queue_and_wait(timeout=300)
+        if "editor" in name:
+            move_head(page)
+            page.queue_and_wait(timeout=300)
+            # What is selected fills the picture.
+            page.evaluate("""() => app.canvas.selectItems(app.graph.nodes.filter(
+                node => ['GPSEncode', 'GPSLayoutEditor'].includes(node.type) || node.title === 'edited'))""")
         _take(page.screenshot, ROOT / "examples" / "pictures" / name, SCREENSHOT_BYTES)
     _take(lambda path: page.page.screenshot(path=path, clip=_editor(page)), EDITOR_PICTURE, HELP_BYTES)
+
+
+def move_head(page: ComfyUIPage) -> None:
+    """In the Layout Editor: draws a box around the duck's head, and drags what it holds to the right."""
+    box = page.page.locator(".gps-layout canvas").bounding_box()
+
+    def pull(start: tuple[float, float], end: tuple[float, float]) -> None:
+        """From a place of the editor to another, in widths and heights of it."""
+        places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (start, end)]
+        page.mouse.move(*places[0])
+        page.mouse.down()
+        page.mouse.move(*places[1], steps=8)
+        page.mouse.up()
+
+    page.page.keyboard.down("Shift")
+    pull((0.04, 0.03), (0.52, 0.46))
+    page.page.keyboard.up("Shift")
+    pull((0.33, 0.22), (0.53, 0.22))
 
 
 def _editor(page: ComfyUIPage) -> dict[str, float]:
