@@ -1,164 +1,311 @@
 #!/usr/bin/env python
-"""How well a GPSToken autoencoder reconstructs photographs, beside what trivial methods give for the same numbers.
+"""How well autoencoders reconstruct photographs, side by side on the same pictures, and beside trivial methods.
 
-    python examples/evaluate_reconstruction.py data/photographs/heldout --train_dir data/photographs/train
+    python examples/evaluate_reconstruction.py data/photographs/heldout --train_dir data/photographs/train \\
+        --models mini@64,128,256 vae-folder stabilityai/sdxl-vae gpstoken_L256.safetensors \\
+        --baselines regions pca jpeg webp jpeg:75 --resolutions 256 512 --output runs/reconstruction
 
-Rows: the model; its textures shuffled between the tokens of an image; its initial Gaussians in place of the refined
-ones (both show whether texture and geometry matter); each region of the partition painted with its mean colour; and a
-principal component analysis of square patches with as many components as a token has numbers, at the same number of
-patches as tokens, fitted to --train_dir. Images are centre squares scaled to --resolution.
+--models: "mini", the shipped one; an official single file of GPSToken; a folder or OWNER/NAME[/FOLDER] of the Hub with
+an AutoencoderGPSToken, AutoencoderKL, AutoencoderDC, AutoencoderTiny or VQModel. @64,128 makes a row for each of these
+numbers of tokens, for GPSToken only; they are those of a tile (of 256 px in all that were released), so that a picture
+of 512 px has four times as many.
+
+--baselines, of each model in turn:
+
+    shuffled   its textures shuffled between the tokens of a picture (GPSToken only)
+    initial    its initial Gaussians in place of the refined ones (GPSToken only)
+    regions    each region of its partition in its mean colour (GPSToken only)
+    pca        principal components of square or twice as long patches, as many as it has tokens, each with as many
+               numbers as a token; fitted to --train_dir
+    jpeg webp  files that are as large as the coded picture can be at most, picture by picture
+    jpeg:75    files of a quality, once for all (also webp:...)
+
+Columns. Tokens and numbers: what a picture becomes (of a VQModel, indices). PSNR, SSIM and the perceptual distance are
+means over pictures, which are not rounded to 8 bits where they come out of a network. rFID, sFID (both need Inception's
+weights; without, the same distance between features of EfficientNet-Lite0) and the kernel distance compare all
+reconstructions with all pictures; the kernel distance leaves out each picture's own reconstruction. Bytes are means per
+picture: coded is the method's compact form, for GPSToken a whole file of GPSTokens.save(dtype="uint8"), for latents 8
+bits per number without entropy coding, for a VQModel its indices; "PSNR of coded" is that of the picture that comes
+out of it. float16 and float32 are files too for GPSToken. Per second: pictures that are encoded and decoded, after a
+warm-up. Memory: what a batch needs beside the weights, at most.
+
+Written to --output, anew after each model: results.md, results.csv, results.json (with the PSNR of every picture), and
+for each model a sheet of the pictures that came out worst and best.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
-from tqdm.auto import tqdm
+from reconstruction_baselines import (
+    CODECS,
+    CROPS,
+    LARGEST_PATCH,
+    FileFormat,
+    FileFormatWithin,
+    PatchGrid,
+    PatchPCA,
+    RegionMeans,
+    TooFewBytes,
+    fit_patch_pcas,
+    patch_grid,
+)
+from reconstruction_judges import FEATURES, PERCEPTUAL, FeatureSet, Judges, load_judges
+from reconstruction_measure import Row, describe_pictures, measure
+from reconstruction_methods import (
+    GPSTokenMethod,
+    InitialGaussians,
+    Method,
+    ShuffledTextures,
+    check_place,
+    load_methods,
+    parse_model,
+)
+from reconstruction_pictures import Squares
+from reconstruction_report import case_sheet, csv_table, json_report, markdown_table
 
-from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
-from gpstoken_diffusers.assets import MINI
-from gpstoken_diffusers.metrics import psnr, ssim
-from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS
-from gpstoken_diffusers.training.data import TrainingCrops, center_crop, to_pixel_values
-from gpstoken_diffusers.training.pictures import list_images
+from gpstoken_diffusers.safe_files import write_atomically
+from gpstoken_diffusers.training.pictures import open_pictures
+from gpstoken_diffusers.training.weight_files import CACHE
+
+BASELINES = ("shuffled", "initial", "regions", "pca", *CODECS)
+
+
+@dataclass
+class Results:
+    """What a run has found so far.
+
+    Attributes:
+        tables: rows by resolution and by name, each model followed by its baselines.
+        squares: the pictures, by resolution.
+        notes: what the reader of the table has to know.
+    """
+
+    tables: dict[int, dict[str, Row]]
+    squares: dict[int, Squares]
+    notes: list[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Resolution by resolution."""
+        return [row for table in self.tables.values() for row in table.values()]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("images", type=Path, help="Folder of pictures that the model was not trained on.")
-    add("--model", default=str(MINI), help="Folder of the model; default: the shipped gpstoken-mini.")
-    add("--train_dir", help="Folder to fit the principal components to; without it that row is left out.")
-    add("--resolution", type=int, default=256, help="Side of the centre squares, in pixels.")
-    add("--num_tokens", type=int, default=256, help="Tokens per image.")
-    add("--batch_size", type=int, default=4)
+    add("images", type=Path, help="Folder of pictures that the models were not trained on.")
+    add("--models", nargs="+", default=["mini"], help="What to measure, see above (default: %(default)s).")
+    add("--baselines", nargs="*", help="What to compare with, see above; default: all, at the bytes of each model.")
+    add("--train_dir", type=Path, help="Folder to fit the principal components to; without it pca is left out.")
+    add("--pca_crops", type=int, default=CROPS, help="Crops to fit them to (%(default)s).")
+    add("--resolutions", type=int, nargs="+", default=[256], help="Sides of the centre squares, in pixels.")
     add("--max_images", type=int, help="Take at most this many pictures, evenly spread.")
+    add(
+        "--perceptual",
+        default="auto",
+        choices=["auto", "none", *PERCEPTUAL],
+        help="auto: the first whose weights are here.",
+    )
+    add(
+        "--features",
+        default="auto",
+        choices=["auto", "none", *FEATURES],
+        help="auto: the first whose weights are here.",
+    )
+    add("--cache", type=Path, default=CACHE, help="Folder of fetched networks (%(default)s).")
+    add("--cases", type=int, default=4, help="Worst and best pictures in a sheet, of each so many.")
+    add("--batch_size", type=int, default=4)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, help="Also write results.json, results.md and sheet.png to this folder.")
-    return parser.parse_args(argv)
+    add("--output", type=Path, help="Folder for the results.")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "pca_crops", "max_images", "cases"):
+        value, least = getattr(args, name), 0 if name == "cases" else 1
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}")
+    if min(args.resolutions) < 1:
+        parser.error("--resolutions must be at least 1")
+    return args
 
 
-def region_means(images: Tensor, regions: Tensor) -> Tensor:
-    """Paints each region of a partition with its mean colour: (B, 3, H, W), (B, N, 4) -> (B, 3, H, W)."""
-    painted = torch.empty_like(images)
-    for image, boxes, out in zip(images, regions.tolist(), painted, strict=True):
-        for x0, y0, x1, y1 in boxes:
-            window = (slice(None), slice(y0, y1 + 1), slice(x0, x1 + 1))
-            out[window] = image[window].mean(dim=(1, 2), keepdim=True)
-    return painted
+def parse_baselines(names: Sequence[str] | None, train_dir: Path | None) -> tuple[list[str], list[FileFormat]]:
+    """What to compare each model with, and the formats of a quality.
+
+    Raises ValueError: an unknown name, a quality out of range, or "pca" without pictures to fit it to.
+    """
+    if names is None:
+        return [name for name in BASELINES if name != "pca" or train_dir], []
+    relative, fixed = [], []
+    for name in names:
+        if match := re.fullmatch(rf"({'|'.join(CODECS)}):(\d+)", name):
+            fixed.append(FileFormat(match[1], int(match[2])))
+        elif name in BASELINES:
+            relative.append(name)
+        else:
+            known = [*BASELINES, *(f"{codec}:QUALITY" for codec in CODECS)]
+            raise ValueError(f"there is no baseline {name}; known are {', '.join(known)}")
+    if "pca" in relative and train_dir is None:
+        raise ValueError("principal components are fitted to pictures that are not measured on: give --train_dir")
+    return relative, fixed
 
 
-class PatchPCA:
-    """Principal components of square patches, as many patches per image as tokens.
+class Components:
+    """Principal components, fitted when they are first asked for, and kept."""
+
+    def __init__(self, folder: Path, crops: int):
+        self.folder, self.crops = folder, crops
+        self._fitted: dict[tuple[int, PatchGrid], PatchPCA] = {}
+
+    def __call__(self, resolution: int, grid: PatchGrid) -> PatchPCA:
+        key = (resolution, grid)
+        if key not in self._fitted:
+            (self._fitted[key],) = fit_patch_pcas(self.folder, resolution, [grid], self.crops)
+        return self._fitted[key]
+
+
+def compared_with(
+    row: Row, method: Method, baselines: Sequence[str], components: Components | None, notes: list[str]
+) -> Iterator[Method]:
+    """The baselines of a model that was measured; where one does not fit, `notes` says why."""
+    for name in baselines:
+        if name in ("shuffled", "initial", "regions"):
+            if isinstance(method, GPSTokenMethod):
+                yield _token_baseline(name, method)
+        elif name == "pca":
+            grid = patch_grid(row.resolution, row.tokens, row.numbers // row.tokens)
+            if grid is None:
+                notes.append(
+                    f"No PCA beside {row.method}: a square of {row.resolution} px cannot be cut into {row.tokens} "
+                    f"equal patches of {row.numbers // row.tokens} to {LARGEST_PATCH} numbers."
+                )
+            else:
+                yield components(row.resolution, grid)
+        else:
+            yield FileFormatWithin(name, row.coded_bytes, row.method)
+
+
+def _token_baseline(name: str, method: GPSTokenMethod) -> Method:
+    if name == "regions":
+        return RegionMeans(method)
+    kind, title = {
+        "shuffled": (ShuffledTextures, "textures shuffled"),
+        "initial": (InitialGaussians, "initial Gaussians"),
+    }[name]
+    return kind(f"{method.name}, {title}", method.model, method.num_tokens)
+
+
+class Evaluation:
+    """A run: measures what it is asked for, each method once.
 
     Args:
-        folder: training images.
-        patch: side in pixels.
-        components: numbers kept per patch.
+        args: the command line.
+        judges: networks in place of those that the command line names.
+
+    Raises ImportError, OSError, ValueError: with a message for the user.
     """
 
-    def __init__(self, folder: str, resolution: int, patch: int, components: int, crops: int = 1200):
-        self.patch = patch
-        dataset = TrainingCrops(folder, resolution, num_tokens=1, length=crops)
-        patches = torch.cat([self._cut(dataset[index]["pixel_values"][None]) for index in range(crops)])
-        self.mean = patches.mean(0)
-        centred = (patches - self.mean).double()
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
-        self.basis = vectors[:, -components:].float()
+    def __init__(self, args: argparse.Namespace, judges: Judges | None = None):
+        self.args = args
+        self.baselines, self.fixed = parse_baselines(args.baselines, args.train_dir)
+        self.specs = [parse_model(text) for text in args.models]
+        # A mistake that concerns the last model must not come to light after hours.
+        for place, counts in self.specs:
+            check_place(place, counts)
+        self.components = None
+        if args.train_dir:
+            open_pictures(args.train_dir)
+            self.components = Components(args.train_dir, args.pca_crops)
+        squares = {side: Squares(args.images, side, args.max_images) for side in dict.fromkeys(args.resolutions)}
+        self.judges = judges or load_judges(args.perceptual, args.features, args.cache, args.device)
+        self.real: dict[int, FeatureSet] = {}
+        self.results = Results({side: {} for side in squares}, squares, list(self.judges.notes))
 
-    def _cut(self, images: Tensor) -> Tensor:
-        columns = torch.nn.functional.unfold(images, self.patch, stride=self.patch)
-        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    def run(self) -> Iterator[Results]:
+        """Yields what there is after each model, and at the end."""
+        for place, counts in self.specs:
+            self.measure_model(place, counts)
+            yield self.results
+        for side in self.results.squares:
+            for method in self.fixed:
+                self.measure(method, side)
+        yield self.results
 
-    def __call__(self, images: Tensor) -> Tensor:
-        patches = self._cut(images) - self.mean
-        restored = patches @ self.basis @ self.basis.T + self.mean
-        columns = restored.unflatten(0, (len(images), -1)).transpose(1, 2)
-        return torch.nn.functional.fold(columns, images.shape[-2:], self.patch, stride=self.patch)
+    def measure_model(self, place: str, counts: list[int] | None) -> None:
+        """An autoencoder at all resolutions, and what it is compared with; it is in memory no longer than that."""
+        for method in load_methods(place, counts, self.args.device):
+            for side in self.results.squares:
+                row = self.measure(method, side, self.args.cases)
+                for baseline in compared_with(row, method, self.baselines, self.components, self.results.notes):
+                    try:
+                        self.measure(baseline, side)
+                    except TooFewBytes as error:
+                        self.results.notes.append(f"Left out at {side} px: {error}.")
 
-
-def shuffled_texture(tokens: GPSTokens, seed: int) -> GPSTokens:
-    order = torch.randperm(tokens.num_tokens, generator=torch.Generator().manual_seed(seed))
-    return GPSTokens(tokens.geometry, tokens.texture[:, order], tokens.image_size, tokens.tile_grid, tokens.canvas_size)
-
-
-@torch.no_grad()
-def evaluate(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Mean PSNR and SSIM per method, and each method's pictures of the first images."""
-    model = AutoencoderGPSToken.from_pretrained(args.model).to(args.device).eval()
-    if args.resolution > model.config.sample_size:
-        raise SystemExit(f"--resolution may be at most the model's tile, {model.config.sample_size} pixels.")
-    floats = GEOMETRY_CHANNELS + model.config.texture_channels
-    methods = ["gpstoken", "textures shuffled", "initial Gaussians", "region means"]
-    pca = None
-    patch = math.isqrt(args.resolution**2 // args.num_tokens)
-    if args.train_dir and args.resolution % patch == 0 and (args.resolution // patch) ** 2 == args.num_tokens:
-        pca = PatchPCA(args.train_dir, args.resolution, patch, floats)
-        methods.append(f"PCA of {patch}x{patch} patches, {floats} numbers")
-    paths = list_images(args.images)
-    if args.max_images:
-        paths = paths[:: max(1, len(paths) // args.max_images)][: args.max_images]
-    scores = {name: {"psnr": [], "ssim": []} for name in methods}
-    pictures: dict[str, list[Tensor]] = {name: [] for name in ["input", *methods]}
-    for start in tqdm(range(0, len(paths), args.batch_size), unit="batch"):
-        images = []
-        for path in paths[start : start + args.batch_size]:
-            with Image.open(path) as image:
-                images.append(to_pixel_values(center_crop(image, args.resolution)))
-        images = torch.stack(images)
-        output = model.encode(images.to(args.device), num_tokens=args.num_tokens)
-        results = [
-            model.decode(tokens).sample.float().cpu().clamp(-1, 1)
-            for tokens in (
-                output.tokens,
-                shuffled_texture(output.tokens, seed=start),
-                GPSTokens(
-                    output.initial_tokens.geometry,
-                    output.tokens.texture,
-                    output.tokens.image_size,
-                    canvas_size=output.tokens.canvas_size,
-                ),
-            )
-        ]
-        results.append(region_means(images, output.regions))
-        if pca is not None:
-            results.append(pca(images).clamp(-1, 1))
-        pictures["input"].append(images)
-        for name, result in zip(methods, results, strict=True):
-            scores[name]["psnr"].append(psnr(result, images))
-            scores[name]["ssim"].append(ssim(result, images))
-            pictures[name].append(result)
-    table = {
-        name: {metric: torch.cat(values).mean().item() for metric, values in row.items()}
-        for name, row in scores.items()
-    }
-    return table, {name: torch.cat(parts[:2])[:8] for name, parts in pictures.items()}
+    def measure(self, method: Method, side: int, num_cases: int = 0) -> Row:
+        """The row of a method, which is measured where there is none of its name."""
+        squares, table, args = self.results.squares[side], self.results.tables[side], self.args
+        if side not in self.real:
+            self.real[side] = describe_pictures(squares, self.judges, args.batch_size, args.device)
+        if method.name not in table:
+            settings = (args.batch_size, args.device, num_cases)
+            table[method.name] = measure(method, squares, self.judges, self.real[side], *settings)
+        return table[method.name]
 
 
-def markdown(table: dict[str, dict[str, float]]) -> str:
-    lines = ["| method | PSNR, dB | SSIM |", "|---|---|---|"]
-    lines += [f"| {name} | {row['psnr']:.2f} | {row['ssim']:.3f} |" for name, row in table.items()]
-    return "\n".join(lines)
+def picture_notes(squares: dict[int, Squares]) -> list[str]:
+    """How many pictures there were, and which could not be read."""
+    notes = [
+        f"{side} px: centre squares of {len(pictures) - sum(str(path) in pictures.damaged for path in pictures.paths)} "
+        f"photographs; {pictures.left_out} of the folder are smaller and left out."
+        for side, pictures in squares.items()
+    ]
+    damaged = {name: reason for pictures in squares.values() for name, reason in pictures.damaged.items()}
+    return notes + [f"Damaged and skipped: {name} ({reason})." for name, reason in damaged.items()]
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    table, pictures = evaluate(args)
-    print(markdown(table))
+def write_report(results: Results, args: argparse.Namespace) -> str:
+    """Writes what --output is to hold, if there is one, and returns the text of results.md."""
+    notes = picture_notes(results.squares) + results.notes
+    tables = [markdown_table([row for row in results.rows if row.resolution == side]) for side in results.squares]
+    text = "\n".join([*tables, *(f"- {note}" for note in notes)]) + "\n"
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "results.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        (args.output / "results.md").write_text(markdown(table) + "\n", encoding="utf-8")
-        sheet = torch.cat([torch.cat(list(rows), dim=2) for rows in pictures.values()], dim=1)
-        array = ((sheet + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(array).save(args.output / "sheet.png")
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        names = {side: [path.name for path in pictures.paths] for side, pictures in results.squares.items()}
+        files = {
+            "results.md": text,
+            "results.csv": csv_table(results.rows),
+            "results.json": json_report(results.rows, names, settings=settings, notes=notes),
+        }
+        for name, content in files.items():
+            write_atomically(args.output / name, content.encode())
+        for row in results.rows:
+            if sheet := case_sheet(row):
+                name = re.sub(r"[^\w@.-]+", "_", row.method)[-100:].strip("_.")
+                sheet.save(args.output / f"cases_{name}_{row.resolution}px.png")
+    return text
+
+
+def main(argv: list[str] | None = None, judges: Judges | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parse_args(argv)
+    # cuDNN may otherwise choose kernels that sum in another order on each run.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        for results in Evaluation(args, judges).run():
+            text = write_report(results, args)
+        print(text)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

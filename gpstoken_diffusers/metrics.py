@@ -13,7 +13,7 @@ SSIM_RADIUS = 5
 SSIM_SIGMA = 1.5
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
+def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio, 10 log10(4 / mean squared error), over an image's pixels and channels.
 
     Values are compared as they are: clamp a decoder's output to [-1, 1] first, as a saved picture is.
@@ -21,16 +21,26 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: (B, C, H, W) floating point, in [-1, 1].
         b: the same shape and device.
+        mask: (H, W) boolean; only the pixels where it is true count. None counts all.
 
     Returns:
         (B,) float64, in dB; infinite for identical images.
 
     Raises:
-        ValueError: the shapes differ, or are not (B, C, H, W).
+        ValueError: the shapes differ, or are not (B, C, H, W), or a mask of another size or without a pixel.
         TypeError: the pixels are not floating point numbers.
     """
     _check(a, b)
-    mean_squared_error = (_float64(a) - _float64(b)).square().mean(dim=(1, 2, 3))
+    squared_error = (_float64(a) - _float64(b)).square()
+    if mask is None:
+        mean_squared_error = squared_error.mean(dim=(1, 2, 3))
+    else:
+        if mask.dtype != torch.bool or mask.shape != a.shape[-2:] or not mask.any():
+            raise ValueError(
+                f"the mask must be boolean of the size {tuple(a.shape[-2:])}, true somewhere, not {mask.dtype} of "
+                f"{tuple(mask.shape)}"
+            )
+        mean_squared_error = squared_error[:, :, mask.to(squared_error.device)].mean(dim=(1, 2))
     return 10 * torch.log10(DATA_RANGE**2 / mean_squared_error)
 
 
@@ -56,9 +66,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     window = 2 * SSIM_RADIUS + 1
     if min(a.shape[-2:]) < window:
-        raise ValueError(
-            f"SSIM needs images of at least {window} x {window} pixels, not {tuple(a.shape[-2:])}"
-        )
+        raise ValueError(f"SSIM needs images of at least {window} x {window} pixels, not {tuple(a.shape[-2:])}")
     # One channel at a time: the twelve maps of a large image in float64 would take gigabytes.
     # SSIM compares means as ratios, so black must be 0, not -1: [-1, 1] is moved to [0, 2].
     channels = [_ssim_of_planes(_float64(a[:, c]) + 1, _float64(b[:, c]) + 1) for c in range(a.shape[1])]
@@ -93,8 +101,7 @@ def _blur(planes: Tensor) -> Tensor:
 def _check(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(
-            "both images must have one shape (B, C, H, W), "
-            f"but their shapes are {tuple(a.shape)} and {tuple(b.shape)}"
+            f"both images must have one shape (B, C, H, W), but their shapes are {tuple(a.shape)} and {tuple(b.shape)}"
         )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise TypeError(f"pixels must be floating point numbers in [-1, 1], not {a.dtype} and {b.dtype}")

@@ -235,7 +235,8 @@ def test_a_launch_as_users_do_it(photographs, tmp_path):
         "--gradient_checkpointing", "--report_to", "tensorboard", "--validation_dir", photographs,
     )  # fmt: skip
     assert "image/s" in text
-    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+    events = list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+    assert any(b"validation" in file.read_bytes() and b"PNG" in file.read_bytes() for file in events)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 

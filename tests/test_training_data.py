@@ -127,6 +127,14 @@ def test_samples_do_not_depend_on_who_asks(photographs):
             assert torch.equal(batch["pixel_values"][place], first[2 * number + place]["pixel_values"])
 
 
+def test_pictures_smaller_than_the_crop_are_enlarged(tmp_path):
+    """Of many sizes: exp(log(size)) rounds to more than the size for some of them."""
+    for side in range(30, 46):
+        Image.new("RGB", (side, side + 3)).save(tmp_path / f"{side}.png")
+    crops = TrainingCrops(tmp_path, 48, 1, length=64)
+    assert all(crops[index]["pixel_values"].shape == (3, 48, 48) for index in range(64))
+
+
 def test_every_pass_shows_each_picture_once(tmp_path):
     for shade in range(5):
         Image.new("RGB", (32, 32), (10 * shade,) * 3).save(tmp_path / f"{shade}.png")

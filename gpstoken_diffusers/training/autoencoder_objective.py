@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class AutoencoderObjective(Objective):
     @torch.no_grad()
     def validate(self, averaged: nn.Module, step: int) -> dict[str, float]:
         """PSNR, SSIM and the judge's distance over held-out pictures; the first set's names carry no number."""
-        figures = {}
+        figures, self.pictures = {}, {}
         for number, images in enumerate(self.validation, start=1):
             suffix = f"_{number}" if number > 1 else ""
             outputs = reconstruct(averaged, images, self.args.mixed_precision != "no")
@@ -124,7 +125,9 @@ class AutoencoderObjective(Objective):
             if self.judge is not None:
                 distances = [self.judge(*pair) for pair in zip(outputs.split(4), images.split(4), strict=True)]
                 figures[f"judge{suffix}"] = torch.cat(distances).mean().item()
-            save_sheet(images, outputs, Path(self.args.output_dir) / f"validation{suffix}.png")
+            sheet = picture_sheet(images, outputs)
+            Image.fromarray(sheet).save(Path(self.args.output_dir) / f"validation{suffix}.png")
+            self.pictures[f"validation{suffix}"] = sheet[None]
         return figures
 
     def save(self, averaged: nn.Module, folder: Path, state: RunState) -> None:
@@ -160,8 +163,7 @@ def load_validation(pictures: Pictures, resolution: int, most: int) -> Tensor:
     return torch.stack(crops)
 
 
-def save_sheet(images: Tensor, outputs: Tensor, path: Path) -> None:
-    """A picture of the first inputs above their reconstructions."""
+def picture_sheet(images: Tensor, outputs: Tensor) -> np.ndarray:
+    """The first inputs above their reconstructions: (n, 3, H, W) in [-1, 1], both -> (2 H, n W, 3) uint8."""
     rows = [torch.cat(list(row[:SHEET_COLUMNS]), dim=2) for row in (images, outputs)]
-    array = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(path)
+    return ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()

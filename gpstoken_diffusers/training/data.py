@@ -135,7 +135,8 @@ class TrainingCrops(Dataset):
             shorter = min(width, height)
             # Pictures below the resolution are enlarged, as there is nothing else to take from them.
             low = min(self.resolution, shorter)
-            side = math.exp(random.uniform(math.log(low), math.log(shorter)))
+            # The exponential of a logarithm may round to more than there is.
+            side = min(math.exp(random.uniform(math.log(low), math.log(shorter))), shorter)
             left, top = random.uniform(0, width - side), random.uniform(0, height - side)
             cut = image.resize(
                 (self.resolution, self.resolution),

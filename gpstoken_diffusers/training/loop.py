@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -74,11 +75,13 @@ class Objective:
     Attributes:
         critic: a network that is trained beside the first one, against it; None without one.
         critic_learning_rate, critic_betas: of the critic's Adam.
+        pictures: what the last validation drew, by name: (n, H, W, 3) uint8, for the tracker.
     """
 
     critic: nn.Module | None = None
     critic_learning_rate: float = 1e-4
     critic_betas: tuple[float, float] = (0.5, 0.9)
+    pictures: dict[str, np.ndarray] = {}
 
     def trains(self, step: int) -> tuple[bool, bool]:
         """Whether the step after `step` trains (the model, the critic)."""
@@ -290,6 +293,10 @@ def train(
                 state.last_row = row
                 logger.info(", ".join(f"{name} {number:.5g}" for name, number in row.items()))
                 accelerator.log(row, step=step)
+                for tracker in accelerator.trackers:
+                    if objective.pictures and hasattr(tracker, "log_images"):  # not every tracker shows pictures
+                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images(objective.pictures, step=step, **layout)
         if step % args.checkpointing_steps == 0 or last:
             state.share_skipped(output_dir, main)
             save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
