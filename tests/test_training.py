@@ -90,6 +90,30 @@ def test_stopped_runs_go_on_as_if_they_had_not_been(photographs, whole, tmp_path
     assert without_clock(curve(output))[1:] == without_clock(curve(whole))
 
 
+def test_the_saved_model_is_the_average_of_the_weights(photographs, whole, tmp_path):
+    """With decay 0 the average is the newest weights, up to a rounding; with the usual one it lags behind."""
+    output = tmp_path / "run"
+    train_here(photographs, output, *settings(photographs), "--ema_decay", 0)
+    for run, same in ((output, True), (whole, False)):
+        newest = load_file(run / "checkpoint-8" / "model.safetensors")
+        averaged = weights(run)
+        distances = [(newest[name] - value).abs().max().item() for name, value in averaged.items()]
+        assert (max(distances) < 1e-6) == same
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_schedule_reaches_the_optimizer(photographs, whole, tmp_path, optimizer):
+    """At the start of a warm-up of a million steps, weights hardly move; without it they do."""
+    moved = []
+    for number, warmup in enumerate((1_000_000, 0)):
+        output = tmp_path / str(number)
+        more = ("--pretrained", whole / "model", "--max_train_steps", 2, "--warmup_steps", warmup, "--weight_decay", 0)
+        train_here(photographs, output, *more, "--optimizer", optimizer, "--checkpointing_steps", 2)
+        newest, before = load_file(output / "checkpoint-2" / "model.safetensors"), weights(whole)
+        moved.append(max((newest[name] - value).abs().max().item() for name, value in before.items()))
+    assert moved[0] < 1e-7 < 1e-4 < moved[1]  # two steps of a millionth of 1e-3 or so, and two of the whole
+
+
 KILLS_ITSELF = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
