@@ -103,9 +103,11 @@ def launch(photographs: Path, output: Path, *more: object, processes: int = 1, d
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def train_apart(photographs: Path, output: Path, *more: object, processes: int = 1) -> str:
+def train_apart(
+    photographs: Path, output: Path, *more: object, processes: int = 1, driver: Path | None = None
+) -> str:
     """Runs the script in processes of its own, expects success, and returns what it wrote."""
-    process = launch(photographs, output, *more, processes=processes)
+    process = launch(photographs, output, *more, processes=processes, driver=driver)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text[-3000:]
     return text

@@ -84,7 +84,7 @@ def test_generated_pictures_differ_and_are_pictures(results):
 
 def test_a_layout_keeps_the_shape_of_its_picture(results):
     """The drawn picture is white where the duck's picture is, and not where the duck is."""
-    picture = pixels(results("layout_of_a_photo_texture_of_a_class")["picture"][0])
+    picture = pixels(results("layout_of_a_picture_texture_of_a_class")["picture"][0])
     duck = np.asarray(Image.open(EXAMPLE_PICTURES["duck"]))[..., 3] > 128
     painted = picture.min(axis=-1) < 215
     assert painted[duck].mean() > painted[~duck].mean() + 0.5
