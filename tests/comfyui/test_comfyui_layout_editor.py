@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -194,10 +195,15 @@ def test_ellipses_are_drawn_where_their_gaussians_lie(editor, artefacts):
         return (editor.outline(turned, mirrored).min(axis=1) > 200).mean()  # as what lies under the mouse is
 
     def check():
-        editor.press("Escape")
-        mouse.move(*editor.window(*middle))
-        editor.page.page.wait_for_timeout(300)
-        assert white_share() > 0.9
+        # The page lays its nodes out anew when it comes to it, on a busy machine after seconds.
+        deadline = time.monotonic() + 10
+        while True:
+            editor.press("Escape")
+            mouse.move(*editor.window(*middle))
+            editor.page.page.wait_for_timeout(300)
+            if (share := white_share()) > 0.9 or time.monotonic() > deadline:
+                break
+        assert share > 0.9
         assert white_share(mirrored=True) < 0.5
 
     check()
