@@ -64,7 +64,7 @@ def test_the_loss_is_the_sum_that_the_docstring_names():
     numbers = objective.model_loss(output, batch, step=0)
     difference = output - batch["pixel_values"]
     l1, l2 = difference.abs().mean(), difference.square().mean()
-    judged = -objective.critic(output).mean()
+    judged = -objective.critic.network(output).mean()
     compared = 2 * l1 + 3 * l2 + 0.5 * l2
     # The adaptive weight by hand: norms of the two gradients at the last layer.
     norms = [
@@ -84,12 +84,12 @@ def test_the_models_loss_leaves_no_gradient_in_the_critic_and_the_critics_none_i
     batch = batch_of(model)
     output = objective.forward(model, batch)
     objective.model_loss(output, batch, step=0)["loss"].backward()
-    assert all(parameter.grad is None for parameter in objective.critic.parameters())
-    assert all(parameter.requires_grad for parameter in objective.critic.parameters())
+    assert all(parameter.grad is None for parameter in objective.critic.network.parameters())
+    assert all(parameter.requires_grad for parameter in objective.critic.network.parameters())
     before = [parameter.grad.clone() for parameter in model.parameters()]
-    objective.critic_loss(objective.critic, output.detach(), batch)["critic_loss"].backward()
+    objective.critic.loss(objective.critic.network, output.detach(), batch)["critic_loss"].backward()
     # That of the last bias may vanish: real and fake pull it apart.
-    assert all(parameter.grad.abs().sum() > 0 for parameter in list(objective.critic.parameters())[:-1])
+    assert all(parameter.grad.abs().sum() > 0 for parameter in list(objective.critic.network.parameters())[:-1])
     assert all(torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), before, strict=True))
 
 

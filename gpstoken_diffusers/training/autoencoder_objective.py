@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..image_processor import GPSTokenImageProcessor
 from ..metrics import psnr, ssim
 from .data import center_crop, to_pixel_values
-from .discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight
 from .loop import Objective
 from .pictures import UNREADABLE, Pictures
 from .run_record import RunState
@@ -73,8 +73,8 @@ class AutoencoderObjective(Objective):
         self.last_layer, self.mean, self.validation = last_layer, mean, validation
         self.judge, self.write_card = judge, write_card
         if args.adversarial_weight:
-            self.critic = PatchDiscriminator(channels=args.critic_channels, norm=args.critic_norm)
-            self.critic_learning_rate, self.critic_betas = args.critic_learning_rate, (0.5, 0.9)
+            network = PatchDiscriminator(channels=args.critic_channels, norm=args.critic_norm)
+            self.critic = PatchCritic(network, args.critic_learning_rate)
 
     def trains(self, step: int) -> tuple[bool, bool]:
         if self.critic is None or step < self.args.critic_start:
@@ -100,18 +100,12 @@ class AutoencoderObjective(Objective):
         if self.features is not None:
             numbers["features"] = self.features(output, target).mean()
             loss = loss + args.feature_weight * numbers["features"]
-        if self.trains(step)[1] or (self.critic is not None and step >= args.critic_start):
-            self.critic.requires_grad_(False)  # its weights take no gradient from the model's loss
-            numbers["adversarial"] = -self.critic(output).float().mean()
-            self.critic.requires_grad_(True)
+        if self.critic is not None and step >= args.critic_start:
+            numbers["adversarial"] = -self.critic.opinion(output)
             weight = adaptive_weight(compared, numbers["adversarial"], self.last_layer, self.mean)
             numbers["adaptive_weight"] = weight
             loss = loss + args.adversarial_weight * weight * numbers["adversarial"]
         return {"loss": loss, **numbers}
-
-    def critic_loss(self, critic: nn.Module, output: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        real, fake = critic(batch["pixel_values"]), critic(output.float())
-        return {"critic_loss": hinge_loss(real, fake), "critic_real": real.mean(), "critic_fake": fake.mean()}
 
     @torch.no_grad()
     def validate(self, averaged: nn.Module, step: int) -> dict[str, float]:

@@ -51,6 +51,38 @@ class PatchDiscriminator(nn.Module):
         return self.layers(pictures)
 
 
+class PatchCritic:
+    """A discriminator in training: what the loop trains beside a model, and against it.
+
+    Attributes:
+        network: the discriminator.
+        learning_rate, betas: of its Adam; the rate follows the run's schedule.
+    """
+
+    betas = (0.5, 0.9)
+
+    def __init__(self, network: PatchDiscriminator, learning_rate: float):
+        self.network, self.learning_rate = network, learning_rate
+
+    def loss(self, network: nn.Module, output: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the network descends, "critic_loss", and what it thinks of real and made pictures on average.
+
+        Args:
+            network: the discriminator as it was prepared for this run.
+            output: (B, C, H, W), of the model, without gradient.
+            batch: with the pictures as `pixel_values`.
+        """
+        real, fake = network(batch["pixel_values"]), network(output.float())
+        return {"critic_loss": hinge_loss(real, fake), "critic_real": real.mean(), "critic_fake": fake.mean()}
+
+    def opinion(self, output: Tensor) -> Tensor:
+        """Mean judgement (), higher for what looks real, of pictures (B, C, H, W); only they get a gradient."""
+        self.network.requires_grad_(False)
+        judged = self.network(output).float().mean()
+        self.network.requires_grad_(True)
+        return judged
+
+
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """What the critic descends: (mean relu(1 - real) + mean relu(1 + fake)) / 2."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())

@@ -8,6 +8,7 @@ import logging
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoints import replace_folder, resume_checkpoint, save_checkpoint
+from .discriminator import PatchCritic
 from .optimization import LR_SCHEDULES, OPTIMIZERS, build_optimizer, learning_rate_scale
 from .run_record import Curve, RunState, dump_batch
 
@@ -69,35 +71,28 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report_to", default="tensorboard", help='Tracker of accelerate, or "none". Logs go to OUTPUT_DIR/logs.')
 
 
-class Objective:
+class Objective(ABC):
     """What a network is trained for. Scripts subclass it; the loop asks it for losses, figures and files.
 
     Attributes:
-        critic: a network that is trained beside the first one, against it; None without one.
-        critic_learning_rate, critic_betas: of the critic's Adam.
+        critic: what is trained beside the model, against it; None without one.
         pictures: what the last validation drew, by name: (n, H, W, 3) uint8, for the tracker.
     """
 
-    critic: nn.Module | None = None
-    critic_learning_rate: float = 1e-4
-    critic_betas: tuple[float, float] = (0.5, 0.9)
+    critic: PatchCritic | None = None
     pictures: dict[str, np.ndarray] = {}
 
     def trains(self, step: int) -> tuple[bool, bool]:
         """Whether the step after `step` trains (the model, the critic)."""
         return True, False
 
+    @abstractmethod
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """What the model gives for a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model_loss(self, output: Tensor, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Named numbers, of which "loss" is what the model descends."""
-        raise NotImplementedError
-
-    def critic_loss(self, critic: nn.Module, output: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named numbers, of which "critic_loss" is what the critic descends; no gradient reaches the model."""
-        raise NotImplementedError
 
     def validate(self, averaged: nn.Module, step: int) -> dict[str, float]:
         """Figures of the averaged model for the curve; pictures may be written. Only the main process calls it."""
@@ -184,11 +179,10 @@ def train(
     optimizers = [
         build_optimizer(model, args.optimizer, args.learning_rate, args.adam_learning_rate, args.weight_decay, betas)
     ]
-    critic = objective.critic
+    networks, critic = [model], objective.critic
     if critic is not None:
-        rate, critic_betas = objective.critic_learning_rate, objective.critic_betas
-        optimizers.append(torch.optim.Adam(critic.parameters(), lr=rate, betas=critic_betas))
-
+        networks.append(critic.network)
+        optimizers.append(torch.optim.Adam(critic.network.parameters(), lr=critic.learning_rate, betas=critic.betas))
     learning_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     loader = DataLoader(
         samples,
@@ -200,10 +194,9 @@ def train(
     )
     state = RunState()
     plain = model
-    networks = [model] if critic is None else [model, critic]
     *prepared, loader = accelerator.prepare(*networks, *optimizers, loader)
     networks, optimizers = prepared[: len(networks)], prepared[len(networks) :]
-    model, critic = networks[0], networks[1] if len(networks) > 1 else None
+    model = networks[0]
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema, state)
     curve = Curve(output_dir / "curve.jsonl")
@@ -251,7 +244,7 @@ def train(
                 accelerator.backward(numbers["loss"])
             if trains_critic:
                 with accelerator.autocast():
-                    numbers |= objective.critic_loss(critic, output.detach(), batch)
+                    numbers |= critic.loss(networks[1], output.detach(), batch)
                 accelerator.backward(numbers["critic_loss"])
             for name, number in numbers.items():
                 sums[name] = sums.get(name, 0) + number.detach().float() / args.gradient_accumulation_steps

@@ -7,6 +7,7 @@ package index carries, and says where the rest is to be had.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ FARTHEST = 32.0
 """Pixels beyond this are of another scale: a network in training strays from [-1, 1], but not as far as 0..255."""
 
 
-class PerceptualDistance(nn.Module):
+class PerceptualDistance(nn.Module, ABC):
     """What the distances share: `distance(a, b)` is (B,), 0 for equal pictures, symmetric, differentiable in both.
 
     The network has no trainable parameters and stays in evaluation mode whatever a parent is set to. Convolutions
@@ -114,8 +115,9 @@ class PerceptualDistance(nn.Module):
         """(B,): squared differences, summed over channels, averaged over the picture, summed over the maps."""
         return sum((map_a - map_b).square().sum(dim=1).mean(dim=(1, 2)) for map_a, map_b in zip(a, b, strict=True))
 
+    @abstractmethod
     def _features(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """Maps (B, C, h, w) of pictures that were checked."""
 
 
 def unit(maps: Tensor) -> Tensor:
