@@ -35,7 +35,8 @@ from gpstoken_diffusers.training.autoencoder_objective import (
     load_validation,
 )
 from gpstoken_diffusers.training.data import CROPS, TrainingCrops, collate_crops
-from gpstoken_diffusers.training.loop import add_loop_arguments, make_accelerator, train
+from gpstoken_diffusers.training.launch import add_loop_arguments, make_accelerator
+from gpstoken_diffusers.training.loop import train
 from gpstoken_diffusers.training.model_card import write_model_card
 from gpstoken_diffusers.training.perceptual import NAMES, perceptual_distance
 from gpstoken_diffusers.training.pictures import DatasetPictures, Pictures, open_pictures

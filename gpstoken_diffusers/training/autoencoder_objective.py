@@ -15,7 +15,7 @@ from ..image_processor import GPSTokenImageProcessor
 from ..metrics import psnr, ssim
 from .data import center_crop, to_pixel_values
 from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight
-from .loop import Objective
+from .objective import Objective
 from .pictures import UNREADABLE, Pictures
 from .run_record import RunState
 

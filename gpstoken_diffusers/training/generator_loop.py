@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .flow_matching import TIME_SAMPLINGS, FlowMatchingSamples, flow_matching_loss
-from .loop import Objective, add_loop_arguments, make_accelerator, train
+from .launch import add_loop_arguments, make_accelerator
+from .loop import train
+from .objective import Objective
 
 Velocity = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor], Tensor]
 
