@@ -277,7 +277,7 @@ def write_report(results: Results, args: argparse.Namespace) -> str:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        names = {side: [path.name for path in pictures.paths] for side, pictures in results.squares.items()}
+        names = {side: pictures.names for side, pictures in results.squares.items()}
         files = {
             "results.md": text,
             "results.csv": csv_table(results.rows),

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from reconstruction_methods import Cost, GPSTokenMethod, Method, latent_cost
-from reconstruction_pictures import to_pictures
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gpstoken_diffusers import GPSTokenImageProcessor
 from gpstoken_diffusers.ops.partition import partition_image
 from gpstoken_diffusers.tiling import cut_tiles, pad_to_tiles, tile_grid_for
 from gpstoken_diffusers.training.data import TrainingCrops, to_pixel_values
@@ -245,7 +245,7 @@ class FileFormat(Method):
         self.codec, self.quality = codec, quality
 
     def encode(self, images: Tensor, places: list[int]) -> Files:
-        pictures = to_pictures(images)
+        pictures = GPSTokenImageProcessor().postprocess(images)
         contents = [self._file(picture, place) for picture, place in zip(pictures, places, strict=True)]
         return Files(contents, images.shape[-1])
 

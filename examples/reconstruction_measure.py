@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from reconstruction_judges import FeatureSet, Judges
 from reconstruction_methods import Method
-from reconstruction_pictures import Squares, to_pictures
+from reconstruction_pictures import Squares
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gpstoken_diffusers import GPSTokenImageProcessor
 from gpstoken_diffusers.metrics import psnr, ssim
 
 PSNR, SSIM, CODED_PSNR = "PSNR, dB", "SSIM", "PSNR of coded, dB"
@@ -52,8 +53,8 @@ class Cases:
             good = len(self.best) < self.count or value > self.best[-1].psnr
             if not (bad or good):
                 continue
-            pictures = (to_pictures(pixels[number : number + 1])[0] for pixels in (images, outputs))
-            case = Case(value, place, *pictures)
+            pair = torch.stack([images[number], outputs[number]])
+            case = Case(value, place, *GPSTokenImageProcessor().postprocess(pair))
             self.worst = sorted([*self.worst, case], key=lambda case: case.psnr)[: self.count]
             self.best = sorted([*self.best, case], key=lambda case: -case.psnr)[: self.count]
 

@@ -26,6 +26,7 @@ class Squares:
 
     Attributes:
         paths: of the photographs; places in this list are their numbers.
+        names: the same below the folder, with "/" between its parts.
         left_out: how many are too small.
         damaged: file names and what is wrong with them, of those that cannot be read; complete after one pass.
 
@@ -56,6 +57,7 @@ class Squares:
         count = len(large) if most is None else min(most, len(large))
         self._chosen = [large[index * len(large) // count] for index in range(count)]
         self.paths = [self._pictures.paths[number] for number in self._chosen]
+        self.names = [path.relative_to(folder).as_posix() for path in self.paths]
 
     def __len__(self) -> int:
         """Photographs, those included that turned out to be damaged."""
@@ -83,12 +85,6 @@ class Squares:
             yield places, torch.stack(squares)
         if not readable:
             raise ValueError(f"not one of {len(self.paths)} pictures can be read, {self.paths[0]} among them")
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] -> RGB pictures, as they would be saved."""
-    levels = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in levels]
 
 
 def _reason(error: BaseException) -> str:

@@ -73,7 +73,7 @@ def json_report(rows: Sequence[Row], names: dict[int, list[str]], **other: Any) 
 
     Args:
         rows: of all resolutions.
-        names: file names of the pictures by resolution, in the order of their places.
+        names: of the pictures by resolution, in the order of their places.
         other: what else the report says, such as the settings.
     """
     table = []

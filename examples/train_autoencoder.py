@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--freeze", choices=["encoder", "decoder"], help="A part that is not trained.")
     add("--lora_rank", type=int, default=0, help="Train low-rank adapters of the refinement transformer alone; they "
         "are merged into OUTPUT_DIR/model, and saved by themselves to OUTPUT_DIR/model/lora.")
-    add("--resolution", type=int, help="Side of the training crops, and the model's tile; default: the model's, 256.")
+    add("--resolution", type=int, help="Side of the training crops, and the model's tile; default: the model's.")
     add("--num_tokens", type=int, help="Tokens per crop; default: the model's.")
     add("--token_jitter", type=float, default=0.25, help="A batch has num_tokens (1 +- this) tokens.")
     add("--crop", default="scales", choices=CROPS, help="Crops of all scales, or centre squares.")
@@ -95,21 +95,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
-    """The model to train, with its tile at the training resolution (the weights do not depend on it)."""
+    """The model to train, with --resolution as its tile and --num_tokens as its default, where they are given."""
     if args.pretrained is None:
         config = dict(MODELS[args.preset])
         if args.config:
             config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
-        model = AutoencoderGPSToken(**config | _tile(args, config.get("num_tokens")))
+        model = AutoencoderGPSToken(**config)
     elif Path(args.pretrained).is_file():
         preset = None if args.preset == "mini" else args.preset
         model = AutoencoderGPSToken.from_single_file(args.pretrained, preset=preset, config=args.config)
-        resized = AutoencoderGPSToken.from_config(model.config, **_tile(args, model.config.num_tokens))
-        resized.load_state_dict(model.state_dict())
-        model = resized
     else:
-        num_tokens = AutoencoderGPSToken.load_config(args.pretrained)["num_tokens"]
-        model = AutoencoderGPSToken.from_pretrained(args.pretrained, **_tile(args, num_tokens))
+        model = AutoencoderGPSToken.from_pretrained(args.pretrained)
+    model = with_tile(model, args.resolution or model.config.sample_size, args.num_tokens or model.config.num_tokens)
     model.requires_grad_(True)
     if args.lora_rank:
         from peft import LoraConfig
@@ -122,10 +119,18 @@ def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
     return model.to(memory_format=torch.channels_last)
 
 
-def _tile(args: argparse.Namespace, num_tokens: int | None) -> dict[str, int]:
-    args.resolution = args.resolution or 256
-    args.num_tokens = args.num_tokens or num_tokens or 256
-    return {"sample_size": args.resolution, "map_size": args.resolution // 4, "num_tokens": args.num_tokens}
+def with_tile(model: AutoencoderGPSToken, resolution: int, num_tokens: int) -> AutoencoderGPSToken:
+    """The same weights, which depend on neither, with another tile and number of tokens for it."""
+    config = model.config
+    upscale = config.sample_size // config.map_size
+    if resolution % upscale:
+        raise ValueError(f"--resolution must be a multiple of {upscale} for this model's decoder, got {resolution}.")
+    tile = {"sample_size": resolution, "map_size": resolution // upscale, "num_tokens": num_tokens}
+    if all(config[name] == value for name, value in tile.items()):
+        return model
+    resized = AutoencoderGPSToken.from_config(config, **tile)
+    resized.load_state_dict(model.state_dict())
+    return resized
 
 
 def training_pictures(args: argparse.Namespace) -> list[Pictures]:
@@ -150,16 +155,16 @@ def build_objective(
     def network(weight: float, name: str, weights: str | None) -> torch.nn.Module | None:
         return perceptual_distance(name, weights).to(accelerator.device) if weight else None
 
-    validation = []
+    resolution, validation = model.config.sample_size, []
     if accelerator.is_main_process:
         places = [open_pictures(place) for place in args.validation_dir]
-        validation = [load_validation(place, args.resolution, args.max_validation_images) for place in places]
+        validation = [load_validation(place, resolution, args.max_validation_images) for place in places]
 
     def write_card(folder: Path, state: RunState) -> None:
         write_model_card(
             folder,
             model,
-            settings=vars(args),
+            settings=vars(args) | {"resolution": resolution, "num_tokens": model.config.num_tokens},
             command=shlex.join(["accelerate", "launch", *sys.argv]),
             device=f"{accelerator.num_processes} x {_device_name(accelerator.device)}",
             num_pictures=sum(map(len, sources)),
@@ -197,8 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     per_step = args.batch_size * accelerator.num_processes
     samples = TrainingCrops(
         sources,
-        args.resolution,
-        args.num_tokens,
+        model.config.sample_size,
+        model.config.num_tokens,
         length=args.max_train_steps * args.gradient_accumulation_steps * per_step,
         seed=args.seed,
         crop=args.crop,

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ImageLike = Image.Image | np.ndarray | Tensor
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Files that are taken for pictures when a folder or an archive is searched, in any case of letters."""
+
 
 class GPSTokenImageProcessorSettings(TypedDict, total=False):
     """What `from_pretrained(folder, name=value)` may override."""

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
 from gpstoken_diffusers.assets import MINI
-from gpstoken_diffusers.cli.reconstruct import SUFFIXES
+from gpstoken_diffusers.image_processor import IMAGE_SUFFIXES
 from gpstoken_diffusers.metrics import psnr
 from gpstoken_diffusers.token_files import ENCODINGS, QUANTISED_BITS, encoded_size
 from gpstoken_diffusers.training.data import center_crop, to_pixel_values
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--max_images", type=int, default=40, help="Take at most this many, evenly spread.")
     args = parser.parse_args()
     model = AutoencoderGPSToken.from_pretrained(args.model).eval()
-    paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         parser.error(f"there are no pictures in {args.images}")
     paths = paths[:: max(1, len(paths) // args.max_images)][: args.max_images]

@@ -160,7 +160,7 @@ def test_released_sizes_can_be_trained(script, tmp_path, monkeypatch):
         with torch.device("meta"):
             model = script.build_model(args)
         assert (model.config.num_tokens, model.config.texture_channels) == (tokens, channels)
-        assert (model.config.sample_size, model.config.map_size, args.num_tokens) == (128, 32, tokens)
+        assert (model.config.sample_size, model.config.map_size) == (128, 32)
         assert len(model.refiner.layers if hasattr(model.refiner, "layers") else model.refiner.blocks) == 30
 
 
@@ -242,6 +242,20 @@ def test_a_config_file_replaces_parts_of_a_preset(script, tmp_path):
     model = script.build_model(script.parse_args(line))
     assert (model.config.hidden_size, model.config.num_layers, model.config.roi_size) == (64, 1, 4)
     assert (model.config.num_tokens, model.config.sample_size) == (32, 256)
+
+
+def test_a_model_keeps_its_tile_unless_another_is_asked_for(script, tmp_path):
+    torch.manual_seed(0)
+    small = {**SMALL_CONFIG, "sample_size": 24, "map_size": 6, "num_tokens": 5}
+    AutoencoderGPSToken(**small).save_pretrained(tmp_path / "model")
+    before = AutoencoderGPSToken.from_pretrained(tmp_path / "model").state_dict()
+    for options, expected in (((), (24, 6, 5)), (("--resolution", "64", "--num_tokens", "9"), (64, 16, 9))):
+        line = ["--train_dir", "x", "--output_dir", "y", "--pretrained", str(tmp_path / "model"), *options]
+        model = script.build_model(script.parse_args(line))
+        assert (model.config.sample_size, model.config.map_size, model.config.num_tokens) == expected
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="--resolution must be a multiple of 4 .* got 30"):
+        script.build_model(script.parse_args([*line[:6], "--resolution", "30"]))
 
 
 def test_the_curve_of_a_sharp_recipe(photographs, tmp_path):

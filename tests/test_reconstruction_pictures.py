@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from reconstruction_zoo import write_pictures  # first: it makes the examples importable
 
 # isort: split
 from PIL import Image
-from reconstruction_pictures import Squares, to_pictures
+from reconstruction_pictures import Squares
 
 
 def test_pictures_below_the_resolution_are_left_out_and_counted(tmp_path):
@@ -79,6 +78,7 @@ def test_only_damaged_pictures_are_an_error(tmp_path):
         list(Squares(folder, 32).batches(1))
 
 
-def test_pictures_are_rounded_as_saved():
-    pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0 / 127.5, 1.0, 3.0]).expand(1, 3, 1, 6)
-    assert np.asarray(to_pictures(pixels)[0])[0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
+def test_names_tell_pictures_of_several_folders_apart(tmp_path):
+    for name in ("a", "b"):
+        write_pictures(tmp_path / "pictures" / name, [(40, 40)])
+    assert Squares(tmp_path / "pictures", 32).names == ["a/0.png", "b/0.png"]

@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises(whole):
         assert all(np.isfinite(value) for value in row.values())
     assert "critic_loss" not in rows[0] and "critic_loss" in rows[1]
     assert [path.name for path in list_checkpoints(whole)] == ["checkpoint-6", "checkpoint-8"]
-    assert Image.open(whole / "validation.png").size == (4 * 32, 2 * 32)
+    assert Image.open(whole / "validation.png").size == (4 + 4 * (32 + 4), 4 + 2 * (32 + 4))  # px of white around each
     model = AutoencoderGPSToken.from_pretrained(whole / "model")
     assert model.config.sample_size == 32
     card = (whole / "model" / "README.md").read_text()

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..image_processor import IMAGE_SUFFIXES
 from ..safe_files import write_atomically
 from .codec import Codec, load_codec, quality, quality_text
 from .files import prepare_folder, write_picture
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 RECORD = "gpstoken"  # name of the text chunk
 COLUMNS = ("file", "width", "height", "tokens", "floats", "psnr", "ssim", "seconds")
 AVERAGED = COLUMNS[3:]
@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Reconstruct a picture or all pictures of a folder. Returns 1 if any of them failed."""
-    if args.output.suffix.lower() in SUFFIXES and not args.output.is_dir():
+    if args.output.suffix.lower() in IMAGE_SUFFIXES and not args.output.is_dir():
         raise ValueError(f"the output {args.output} must be a folder: the picture and its metrics are written there.")
     sources = _sources(args.path, args.output, args.recursive)
     prepare_folder(args.output)
@@ -102,13 +102,13 @@ def _sources(path: Path, output: Path, recursive: bool) -> dict[str, Path]:
     for file in sorted(path.rglob("*") if recursive else path.iterdir()):
         name = file.relative_to(path)
         hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or file.suffix.lower() not in SUFFIXES or not file.is_file():
+        if hidden or file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
             continue
         if skipped not in file.resolve().parents:  # results of an earlier run, where OUT lies below PATH
             sources[name.as_posix()] = file
     if not sources:
         hint = "" if recursive else " (folders below it are searched with --recursive)"
-        raise ValueError(f"no pictures in {path}{hint}. Known suffixes: {', '.join(sorted(SUFFIXES))}.")
+        raise ValueError(f"no pictures in {path}{hint}. Known suffixes: {', '.join(IMAGE_SUFFIXES)}.")
     return sources
 
 

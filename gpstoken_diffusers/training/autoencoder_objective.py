@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..image_processor import GPSTokenImageProcessor
 from ..metrics import psnr, ssim
+from ..visualization import picture_grid
 from .data import center_crop, to_pixel_values
 from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight
 from .objective import Objective
@@ -120,8 +121,8 @@ class AutoencoderObjective(Objective):
                 distances = [self.judge(*pair) for pair in zip(outputs.split(4), images.split(4), strict=True)]
                 figures[f"judge{suffix}"] = torch.cat(distances).mean().item()
             sheet = picture_sheet(images, outputs)
-            Image.fromarray(sheet).save(Path(self.args.output_dir) / f"validation{suffix}.png")
-            self.pictures[f"validation{suffix}"] = sheet[None]
+            sheet.save(Path(self.args.output_dir) / f"validation{suffix}.png")
+            self.pictures[f"validation{suffix}"] = np.asarray(sheet)[None]
         return figures
 
     def save(self, averaged: nn.Module, folder: Path, state: RunState) -> None:
@@ -157,7 +158,7 @@ def load_validation(pictures: Pictures, resolution: int, most: int) -> Tensor:
     return torch.stack(crops)
 
 
-def picture_sheet(images: Tensor, outputs: Tensor) -> np.ndarray:
-    """The first inputs above their reconstructions: (n, 3, H, W) in [-1, 1], both -> (2 H, n W, 3) uint8."""
-    rows = [torch.cat(list(row[:SHEET_COLUMNS]), dim=2) for row in (images, outputs)]
-    return ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+def picture_sheet(images: Tensor, outputs: Tensor) -> Image.Image:
+    """The first inputs above their reconstructions; both are (n, 3, H, W) in [-1, 1]."""
+    pairs = torch.cat([images[:SHEET_COLUMNS], outputs[:SHEET_COLUMNS]])
+    return picture_grid(GPSTokenImageProcessor().postprocess(pairs), columns=len(pairs) // 2)

@@ -31,7 +31,7 @@ Nobody but you knows their licences: say here what may be done with these weight
 
 ## Recipe
 
-{steps} steps of {per_step} crops of {resolution} px in {minutes:.0f} minutes on {device}, by `{command}`.
+{steps} steps of {per_step} crops of {sample_size} px in {minutes:.0f} minutes on {device}, by `{command}`.
 The weights are the exponential moving average. All settings:
 
 ```json
@@ -91,6 +91,5 @@ def write_model_card(
         if figures
         else "None: it was trained without `--validation_dir`.",
         **{name: model.config[name] for name in ("num_tokens", "texture_channels", "sample_size")},
-        resolution=settings["resolution"],
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -25,6 +25,8 @@ class OptimizerGroup(torch.optim.Optimizer):
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
+        # The base class is a name for accelerate and schedules to check: its own constructor would take the parameters
+        # over, which belong to the parts.
         self.optimizers = list(optimizers)
         self.defaults: dict = {}
 

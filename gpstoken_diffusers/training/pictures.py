@@ -12,9 +12,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from ..image_processor import upright_rgb
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from ..image_processor import IMAGE_SUFFIXES, upright_rgb
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises for files that are damaged, empty, cut off, or no pictures."""

@@ -30,7 +30,7 @@ MODELS = {"mini": MINI, **PRESETS}
 RECIPES = {
     # Exact pixels, the best PSNR; blurs what it cannot know.
     "pixels": {},
-    # Sharper pictures: what a perceptual network sees counts, later what a critic thinks.
+    # Sharper pictures: what a perceptual network sees counts, later what a critic thinks. Customary weights, not tuned.
     "sharp": {
         "perceptual_weight": 0.2,
         "adversarial_weight": 0.1,
