@@ -13,6 +13,11 @@ Box = tuple[int, int, int, int]
 sides = st.one_of(st.sampled_from((8, 16, 32, 64, 128)), st.integers(2, 150))
 
 
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """In [-1, 1], equally strong everywhere."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
 def picture(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     """(B, H, W) noise of uneven strength, so that regions of many sizes occur."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import zlib
 
+import numpy as np
 import torch
 from conftest import golden
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -111,3 +113,9 @@ def noise_images(batch_size: int, height: int, width: int, seed: int = 0) -> Ten
     noise = torch.rand(batch_size, 3, height, width, generator=generator) * 2 - 1
     ramp = torch.linspace(0, 1, width) * torch.linspace(0.2, 1, height)[:, None]
     return noise * ramp
+
+
+def smooth_picture(seed: int, size: tuple[int, int] = (44, 36), channels: int = 3) -> Image.Image:
+    """Blurred noise."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, channels), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)

@@ -1,9 +1,7 @@
-"""The command `gpstoken`: what each command writes, says and returns."""
+"""The command `gpstoken`: help, exit codes, and what the commands for one picture write and say."""
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import subprocess
 import sys
@@ -12,56 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import golden
-from model_zoo import SMALL_CONFIG, tiny_model
+from command_runs import names_in, photo, raising, run, save_tiny_model
+from model_zoo import tiny_model
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import peak_signal_noise_ratio
 
-from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokens, cli, convert
-from gpstoken_diffusers.cli import arguments, codec, commands, conversion
+from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokens, convert
+from gpstoken_diffusers.cli import arguments, commands
 
 COMMANDS = ("demo", "encode", "decode", "reconstruct", "panel", "convert", "doctor")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    """A tiny random model of 32-px tiles and 6 tokens, as a user would keep it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model("map").save_pretrained(folder)
-    GPSTokenImageProcessor(tile_size=32, num_tokens=6).save_pretrained(folder)
-    return folder
-
-
-def photo(path: Path, height: int = 40, width: int = 56, seed: int = 0) -> Path:
-    """Write a picture with smooth and with busy places; 2 x 2 tiles unless said otherwise."""
-    random = np.random.default_rng(seed)
-    ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
-    noise = random.uniform(-1, 1, (height, width, 3)) * np.linspace(0, 90, height)[:, None, None]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((ramp + noise).clip(0, 255).astype(np.uint8)).save(path)
-    return path
-
-
-def run(*argv: object) -> int:
-    return cli.main([str(argument) for argument in argv])
-
-
-def tables(folder: Path) -> tuple[list[dict[str, str]], dict]:
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return rows, json.loads((folder / "metrics.json").read_text())
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 # Parser and exit codes
@@ -117,13 +79,6 @@ def test_wrong_usage_returns_2(argv, capsys):
 
 def test_parser_knows_the_presets():
     assert set(arguments.PRESETS) == set(convert.PRESETS)  # spelled out there, to import nothing
-
-
-def raising(error: BaseException):
-    def function(*args, **kwargs):
-        raise error
-
-    return function
 
 
 @pytest.mark.parametrize(
@@ -331,237 +286,3 @@ def test_dtype_and_device(model_folder, tmp_path):
     assert run("decode", tmp_path / "t.safetensors", "-o", tmp_path / "p.png", "--model", model_folder) == 0
     assert run("encode", image, *options) == 0
     assert GPSTokens.load(tmp_path / "t.safetensors").dtype == torch.float32
-
-
-# reconstruct
-
-
-def test_reconstruct_a_folder(model_folder, tmp_path, capsys):
-    photos, out = tmp_path / "photos", tmp_path / "out"
-    photo(photos / "a.png", seed=1)
-    photo(photos / "a.jpg", 33, 31, seed=2)  # the same stem: the outputs must not collide
-    photo(photos / "A.BMP", 9, 70, seed=3)  # too small for SSIM
-    photo(photos / "deep" / "a.png", seed=4)
-    (photos / "notes.txt").write_text("not a picture, and not named like one")
-    (photos / "._a.jpg").write_bytes(b"what another system leaves behind")
-    assert run("reconstruct", photos, "-o", out, "--model", model_folder) == 0
-    assert names_in(out) == {"a.png.png", "a.jpg.png", "A.BMP.png", "metrics.csv", "metrics.json"}
-
-    rows, document = tables(out)
-    assert [row["file"] for row in rows] == ["A.BMP", "a.jpg", "a.png", "mean"]
-    pictures = {row["file"]: row for row in document["pictures"]}
-    for row in rows[:-1]:
-        original = np.asarray(Image.open(photos / row["file"]).convert("RGB"))
-        result = np.asarray(Image.open(out / f"{row['file']}.png"))
-        assert original.shape == result.shape == (int(row["height"]), int(row["width"]), 3)
-        # The figures are those of the 8-bit pictures; 1e-6: they pass through float32.
-        assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(original, result), abs=1e-6)
-        if row["file"] == "A.BMP":
-            assert row["ssim"] == "" and pictures["A.BMP"]["ssim"] is None
-        else:
-            options = {
-                "gaussian_weights": True,
-                "sigma": 1.5,
-                "use_sample_covariance": False,
-                "channel_axis": -1,
-            }
-            expected = structural_similarity(original, result, **options)
-            assert float(row["ssim"]) == pytest.approx(expected, abs=1e-6)
-        assert pictures[row["file"]]["psnr"] == float(row["psnr"])
-        assert float(row["seconds"]) > 0
-    assert [int(row["tokens"]) for row in rows[:-1]] == [18, 12, 24]  # 6 for each of 3, 2 and 4 tiles
-    mean = sum(float(row["psnr"]) for row in rows[:-1]) / 3
-    assert float(rows[-1]["psnr"]) == document["mean"]["psnr"] == pytest.approx(mean)
-    assert document["settings"]["model"] == "tiny" and document["settings"]["num_tokens"] == 6
-    said = capsys.readouterr()
-    assert "3 reconstructed" in said.out and f"PSNR {mean:.2f} dB" in said.out
-    assert "3/3" in said.err  # the progress bar
-
-
-def test_reconstruct_recursive_and_quiet(model_folder, tmp_path, capsys):
-    photos = tmp_path / "photos"
-    photo(photos / "a.png")
-    photo(photos / "deep" / "er" / "a.png", seed=4)
-    out = photos / "out"  # results below the pictures are not taken for pictures
-    for _ in range(2):
-        assert run("reconstruct", photos, "-o", out, "--recursive", "--model", model_folder, "--quiet") == 0
-        assert names_in(out) == {"a.png.png", "deep/er/a.png.png", "metrics.csv", "metrics.json"}
-    assert capsys.readouterr() == ("", "")
-
-
-def test_reconstruct_files_one_by_one(model_folder, tmp_path):
-    for name in ("a.png", "b.png"):
-        assert run("reconstruct", photo(tmp_path / name), "-o", tmp_path / "out", "--model", model_folder) == 0
-    rows, _ = tables(tmp_path / "out")
-    assert [row["file"] for row in rows] == ["a.png", "b.png", "mean"]
-
-
-def test_reconstruct_goes_on(model_folder, tmp_path, monkeypatch, capsys):
-    photos, out = tmp_path / "photos", tmp_path / "out"
-    for seed, name in enumerate(("a", "b", "c", "d")):
-        photo(photos / f"{name}.png", 32, 32, seed=seed)
-    encoded = []
-    encode = codec.Codec.encode
-    monkeypatch.setattr(
-        codec.Codec,
-        "encode",
-        lambda self, path, *rest: encoded.append(path.name) or encode(self, path, *rest),
-    )
-    options = ("reconstruct", photos, "-o", out, "--model", model_folder)
-    assert run(*options) == 0
-    assert encoded == ["a.png", "b.png", "c.png", "d.png"]
-    first = tables(out)
-
-    encoded.clear()
-    assert run(*options) == 0
-    assert encoded == []
-    assert tables(out) == first
-    assert "0 reconstructed, 4 done before" in capsys.readouterr().out
-
-    # One lost, one cut off, one whose source has changed, and one untouched; the tables are lost too.
-    (out / "a.png.png").unlink()
-    whole = (out / "b.png.png").read_bytes()
-    (out / "b.png.png").write_bytes(whole[: len(whole) // 2])
-    photo(photos / "c.png", 40, 40, seed=9)
-    (out / "metrics.csv").unlink()
-    (out / "metrics.json").unlink()
-    untouched = (out / "d.png.png").stat().st_mtime_ns
-    assert run(*options) == 0
-    assert encoded == ["a.png", "b.png", "c.png"]
-    assert (out / "d.png.png").stat().st_mtime_ns == untouched
-    assert Image.open(out / "c.png.png").size == (40, 40)
-    rows, _ = tables(out)
-    unchanged = [0, 1, 3]
-    assert [rows[i]["psnr"] for i in unchanged] == [first[0][i]["psnr"] for i in unchanged]
-
-    # Results of other settings are not mixed with these, and not lost without a word.
-    encoded.clear()
-    for extra in (("--num-tokens", 4), ("--mode", "merge"), ("--dtype", "bfloat16")):
-        assert run(*options, *extra) == 1
-    assert "num_tokens 6 there, 4 now" in capsys.readouterr().err
-    assert encoded == []
-    assert run(*options, "--num-tokens", 4, "--overwrite") == 0
-    assert encoded == ["a.png", "b.png", "c.png", "d.png"]
-    assert {row["tokens"] for row in tables(out)[0][:-2]} == {"4", "16"}
-
-
-def test_reconstruct_notices_other_weights(model_folder, tmp_path, capsys):
-    other = tmp_path / model_folder.name  # the same name
-    tiny_model("map", seed=1).save_pretrained(other)
-    image = photo(tmp_path / "a.png")
-    assert run("reconstruct", image, "-o", tmp_path / "out", "--model", model_folder) == 0
-    assert run("reconstruct", image, "-o", tmp_path / "out", "--model", other) == 1
-    assert "weights" in capsys.readouterr().err
-
-
-def test_reconstruct_writes_valid_json_for_a_perfect_picture(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(codec.Codec, "decode", lambda *args: Image.open(tmp_path / "a.png"))
-    photo(tmp_path / "a.png", 32, 32)
-    assert run("reconstruct", tmp_path / "a.png", "-o", tmp_path / "out", "--model", model_folder) == 0
-    rows, document = tables(tmp_path / "out")
-    assert rows[0]["psnr"] == "inf" and document["pictures"][0]["psnr"] is None
-    assert "Infinity" not in (tmp_path / "out" / "metrics.json").read_text()
-
-
-# convert, and official files as --model
-
-
-@pytest.fixture
-def small_as_l256(monkeypatch, tmp_path) -> Path:
-    """The reference's small autoencoder under the name of a released one, whose presets take its sizes."""
-    for preset in convert.PRESETS:
-        monkeypatch.setitem(convert.PRESETS, preset, SMALL_CONFIG)
-    path = tmp_path / "gpstoken_l256.safetensors"
-    path.symlink_to(golden("ae_small_weights.safetensors"))
-    return path
-
-
-def test_convert_writes_a_folder(small_as_l256, tmp_path, capsys):
-    out = tmp_path / "new" / "l256"
-    assert run("convert", small_as_l256, "-o", out) == 0
-    said = capsys.readouterr()
-    assert "gpstoken_l256.safetensors as the preset l256 (by the file's name" in said.err
-    assert "parameters in float32" in said.out
-    assert names_in(out) == {"config.json", "diffusion_pytorch_model.safetensors", "preprocessor_config.json"}
-    assert [path.name for path in out.parent.iterdir()] == ["l256"]
-    converted = AutoencoderGPSToken.from_pretrained(out).state_dict()
-    original = AutoencoderGPSToken.from_single_file(small_as_l256).state_dict()
-    assert converted.keys() == original.keys()
-    assert all(torch.equal(converted[name], original[name]) for name in original)
-    assert GPSTokenImageProcessor.from_pretrained(out).num_tokens == SMALL_CONFIG["num_tokens"]
-
-    image = photo(tmp_path / "photo.png", 64, 64)
-    for name, model in {"folder": out, "file": small_as_l256}.items():
-        assert run("encode", image, "-o", tmp_path / f"{name}.safetensors", "--model", model) == 0
-    tokens = [GPSTokens.load(tmp_path / f"{name}.safetensors").as_tensor() for name in ("folder", "file")]
-    assert torch.equal(*tokens)
-
-
-def test_convert_takes_preset_config_and_dtype(small_as_l256, tmp_path, capsys):
-    assert run("convert", small_as_l256, "-o", tmp_path / "a", "--preset", "m128", "--dtype", "bfloat16") == 0
-    assert "as the preset m128 (as asked for)" in capsys.readouterr().err
-    assert AutoencoderGPSToken.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).dtype == torch.bfloat16
-    size = (tmp_path / "a" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert size < 0.6 * small_as_l256.stat().st_size
-    (tmp_path / "config.json").write_text(json.dumps({**SMALL_CONFIG, "num_tokens": 99}))
-    assert run("convert", small_as_l256, "-o", tmp_path / "b", "--config", tmp_path / "config.json") == 0
-    assert AutoencoderGPSToken.load_config(tmp_path / "b")["num_tokens"] == 99
-    assert (
-        run(
-            "convert",
-            small_as_l256,
-            "-o",
-            tmp_path / "c",
-            "--config",
-            tmp_path / "config.json",
-            "--preset",
-            "s64",
-        )
-        == 1
-    )
-    assert not (tmp_path / "c").exists()
-
-
-def test_convert_overwrites_only_its_own_and_only_when_asked(small_as_l256, tmp_path, capsys):
-    out = tmp_path / "l256"
-    out.mkdir()  # an empty folder is as good as none
-    assert run("convert", small_as_l256, "-o", out) == 0
-    assert run("convert", small_as_l256, "-o", out, "--dtype", "float16") == 1
-    assert "--overwrite" in capsys.readouterr().err
-    assert run("convert", small_as_l256, "-o", out, "--dtype", "float16", "--overwrite") == 0
-    assert AutoencoderGPSToken.from_pretrained(out, dtype=torch.float16).dtype == torch.float16
-    (out / "thesis.tex").write_text("years of work")
-    assert run("convert", small_as_l256, "-o", out, "--overwrite") == 1
-    assert "thesis.tex" in capsys.readouterr().err
-    assert (out / "thesis.tex").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"l256", small_as_l256.name}
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
-def test_convert_that_fails_leaves_what_was_there(error, small_as_l256, tmp_path, monkeypatch):
-    out = tmp_path / "l256"
-    assert run("convert", small_as_l256, "-o", out) == 0
-    before = {name: (out / name).read_bytes() for name in names_in(out)}
-    monkeypatch.setattr(conversion.GPSTokenImageProcessor, "save_pretrained", raising(error))
-    options = ("--dtype", "float16", "--overwrite")
-    assert run("convert", small_as_l256, "-o", out, *options) == (130 if isinstance(error, KeyboardInterrupt) else 1)
-    assert run("convert", small_as_l256, "-o", tmp_path / "new") != 0
-    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
-    assert {path.name for path in tmp_path.iterdir()} == {"l256", small_as_l256.name}
-
-
-def test_convert_that_cannot_take_its_place_puts_the_old_folder_back(small_as_l256, tmp_path, monkeypatch):
-    out = tmp_path / "l256"
-    assert run("convert", small_as_l256, "-o", out) == 0
-    before = {name: (out / name).read_bytes() for name in names_in(out)}
-    rename = Path.rename
-
-    def fail_for_new_folders(self, target):
-        if self.name.endswith(".tmp"):
-            raise OSError(13, "Permission denied", str(target))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_new_folders)
-    assert run("convert", small_as_l256, "-o", out, "--dtype", "float16", "--overwrite") == 1
-    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
-    assert {path.name for path in tmp_path.iterdir()} == {"l256", small_as_l256.name}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import multiprocessing
 import os
 import shutil
@@ -12,21 +11,12 @@ import socket
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from model_zoo import tiny_model
-from PIL import Image
+from model_zoo import smooth_picture, tiny_model
 
 from gpstoken_diffusers import GPSTokenImageProcessor
-from gpstoken_diffusers.training.labelled_pictures import (
-    VIEW_SCALE,
-    LabelledDataset,
-    change_view,
-    load_picture,
-    open_labelled,
-)
 from gpstoken_diffusers.training.token_dataset import TokenDataset, shard_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -38,21 +28,16 @@ FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 COMMON = ("--num_tokens", "5", "--views", "3", "--flip", "--shard_size", "4", "--batch_size", "3", "--num_workers", "0")
 
 
-def smooth(seed: int, size: tuple[int, int] = (44, 36), channels: int = 3) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, channels), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Two classes, five pictures: one with transparency, one damaged, one in a subfolder."""
     folder = tmp_path_factory.mktemp("pictures")
     for name in ("zebra", "ant/deep"):
         (folder / name).mkdir(parents=True)
-    smooth(0).save(folder / "zebra" / "a b.png")
-    smooth(1, (32, 32), 4).save(folder / "zebra" / "clear.png")
-    smooth(2, (30, 70)).save(folder / "ant" / "x.jpg")
-    smooth(3).save(folder / "ant" / "deep" / "y.png")
+    smooth_picture(0).save(folder / "zebra" / "a b.png")
+    smooth_picture(1, (32, 32), 4).save(folder / "zebra" / "clear.png")
+    smooth_picture(2, (30, 70)).save(folder / "ant" / "x.jpg")
+    smooth_picture(3).save(folder / "ant" / "deep" / "y.png")
     (folder / "ant" / "z.png").write_bytes((folder / "zebra" / "a b.png").read_bytes()[:900])
     return folder
 
@@ -215,7 +200,7 @@ def test_other_settings_in_the_same_folder_are_refused(encode, whole, tmp_path, 
         tiny_model("lattice", seed=1).save_pretrained(value)
     elif option == "--data":
         (tmp_path / "other" / "ant").mkdir(parents=True)
-        smooth(9).save(tmp_path / "other" / "ant" / "x.jpg")
+        smooth_picture(9).save(tmp_path / "other" / "ant" / "x.jpg")
     before = files(whole)
     assert encode(whole, option, value) == 1
     error = capsys.readouterr().err
@@ -241,7 +226,7 @@ def test_a_folder_of_pictures_is_one_class(encode, tmp_path):
     folder = tmp_path / "holiday"
     folder.mkdir()
     for number in range(2):
-        smooth(number).save(folder / f"{number}.png")
+        smooth_picture(number).save(folder / f"{number}.png")
     assert encode(tmp_path / "out", "--data", str(folder)) == 0
     dataset = TokenDataset(tmp_path / "out")
     assert dataset.id2label == {0: "holiday"} and set(dataset.labels.tolist()) == {0}
@@ -275,133 +260,3 @@ def test_a_shard_too_many_is_refused(encode, whole, tmp_path, capsys):
     shard_path(output, 1).rename(shard_path(output, 7))
     assert encode(output) == 1
     assert "shard-00007.safetensors, which is not of this dataset" in capsys.readouterr().err
-
-
-def test_views_depend_on_name_and_number_alone():
-    image = smooth(4, (64, 64))
-    pixels = [np.asarray(change_view(image, 32, *which)) for which in [("a", 1, True)] * 2 + [("a", 2, True)]]
-    pixels.append(np.asarray(change_view(image, 32, "b", 1, True)))
-    assert (pixels[0] == pixels[1]).all()
-    assert (pixels[0] != pixels[2]).any() and (pixels[0] != pixels[3]).any()
-
-
-def test_views_change_size_and_place_a_little():
-    dot = Image.new("RGB", (200, 300), "white")
-    dot.paste((0, 0, 0), (80, 130, 120, 170))  # 40 px in the middle of a picture 200 px wide
-    sizes, places = [], []
-    for view in range(1, 200):
-        dark = 1 - np.asarray(change_view(dot, 100, "dot", view, False)).mean(2) / 255
-        sizes.append(np.sqrt(dark.sum()) / 20)
-        places.append((dark.sum(0) @ np.arange(100) / dark.sum() - 49.5) / 100)
-    assert min(sizes) > VIEW_SCALE[0] - 0.02 and max(sizes) < VIEW_SCALE[1] + 0.02
-    assert max(sizes) - min(sizes) > 0.25
-    assert 0.05 < max(np.abs(places)) < 0.06 * VIEW_SCALE[1] + 0.005
-
-
-@pytest.mark.parametrize("mode, border", [("RGB", (200, 30, 90)), ("RGBA", (0, 0, 0, 0))])
-def test_what_a_view_uncovers(mode, border):
-    image = Image.new(mode, (50, 50), (200, 30, 90) if mode == "RGB" else (200, 30, 90, 255))
-    corners = set()
-    for view in range(1, 60):
-        changed = change_view(image, 32, "plain", view, True)
-        assert changed.mode == mode and changed.size == (32, 32)
-        corners |= {changed.getpixel(xy) for xy in ((0, 0), (31, 0), (0, 31), (31, 31))}
-        assert changed.getpixel((16, 16)) == image.getpixel((0, 0))
-    assert border in corners
-    assert mode == "RGBA" or corners == {border}
-
-
-def test_flips_are_asked_for():
-    half = Image.new("RGB", (64, 64), "white")
-    half.paste((0, 0, 0), (0, 0, 32, 64))
-    left = [[np.asarray(change_view(half, 32, "half", view, flip))[16, 3, 0] < 128 for view in range(1, 60)]
-            for flip in (False, True)]  # fmt: skip
-    assert all(left[0])
-    assert 15 < sum(left[1]) < 45
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "I;16", "CMYK", "1"])
-def test_pictures_of_any_mode(mode):
-    image = smooth(5).convert("L")
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image, dtype=np.uint16) * 257)
-    else:
-        image = image.convert(mode)
-    buffer = io.BytesIO()
-    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-    loaded = load_picture(buffer)
-    processor = GPSTokenImageProcessor(shortest_edge=32, center_crop=True, tile_size=32, num_tokens=4)
-    views = [loaded, change_view(loaded, 32, "any", 1, False)]
-    means = processor(views)["pixel_values"].mean((1, 2, 3))
-    assert (means[0] - means[1]).abs() < 0.25
-    assert means.abs().max() < 0.9
-
-
-class ClassLabel:
-    names = ["ant", "zebra"]
-
-
-class ImageFeature:
-    def __init__(self, decode: bool = True):
-        self.decode = decode
-
-
-ImageFeature.__name__ = "Image"
-
-
-class StandIn:
-    """As much of `datasets.Dataset` as the script uses."""
-
-    _fingerprint = "f00d"
-
-    def __init__(self, columns, features):
-        self.columns, self.features = columns, features
-
-    def __getitem__(self, key):
-        if isinstance(key, str):
-            return self.columns[key]
-        return {name: column[key] for name, column in self.columns.items()}
-
-    def select_columns(self, name):
-        return StandIn({name: self.columns[name]}, {name: self.features[name]})
-
-    def cast_column(self, name, feature):
-        assert not feature.decode
-        return StandIn(self.columns, {name: feature})
-
-
-def test_datasets_are_read_undecoded(tmp_path):
-    buffer = io.BytesIO()
-    smooth(6).save(buffer, "PNG")
-    smooth(7).save(tmp_path / "b.png")
-    images = [
-        {"bytes": buffer.getvalue(), "path": None},
-        {"bytes": None, "path": str(tmp_path / "b.png")},
-        {"bytes": b"damaged", "path": "c.png"},
-    ]
-    features = {"img": ImageFeature(), "kind": ClassLabel()}
-    pictures = LabelledDataset(StandIn({"img": images, "kind": [1, 0, 1]}, features))
-    assert pictures.id2label == {0: "ant", 1: "zebra"}
-    assert pictures.labels == [1, 0, 1]
-    assert pictures.names == ["zebra/00000000", "ant/00000001", "zebra/00000002"]
-    assert load_picture(pictures.open(0)).tobytes() == smooth(6).tobytes()
-    assert load_picture(pictures.open(1)).tobytes() == smooth(7).tobytes()
-    with pytest.raises(ValueError, match="not an image"):
-        load_picture(pictures.open(2))
-    with pytest.raises(FileNotFoundError):  # no damage: the disk may be back later, so nothing is left out
-        load_picture(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match="Expected classes 0 to 1, got {-1}: take a labelled split"):
-        LabelledDataset(StandIn({"img": images, "kind": [1, -1, 1]}, features))
-    with pytest.raises(ValueError, match="one Image and one ClassLabel column"):
-        LabelledDataset(StandIn({}, {"img": ImageFeature(), "text": str}))
-
-
-def test_a_real_dataset(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    images = [smooth(8), smooth(9)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "zebra"])})
-    datasets.Dataset.from_dict({"image": images, "label": [1, 0]}, features=features).save_to_disk(str(tmp_path / "d"))
-    pictures = open_labelled(str(tmp_path / "d"), "train")
-    assert pictures.labels == [1, 0]
-    assert load_picture(pictures.open(1)).tobytes() == images[1].tobytes()
-    assert pictures.fingerprint() == open_labelled(str(tmp_path / "d"), "train").fingerprint()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import evaluate_generation  # noqa: E402
 import feature_network  # noqa: E402
 import fetching  # noqa: E402
+from generation_pictures import generate  # noqa: E402
 from linear_classifier import classification, fit_classifier  # noqa: E402
 
 from gpstoken_diffusers.training.feature_network import WEIGHTS, timm_name  # noqa: E402
@@ -129,7 +130,7 @@ def make_samples(arguments: list[str], *more: str) -> dict[str, bytes]:
     args = evaluate_generation.parse_args([*arguments, *more])
     pipe = evaluate_generation.GPSTokenPipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    paths, labels = evaluate_generation.generate(pipe, args)
+    paths, labels = generate(pipe, args)
     assert labels.tolist() == sorted(labels.tolist())
     assert [path.parent.name for path in paths] == [LABELS[label] for label in labels.tolist()]
     return {str(path.relative_to(args.samples_dir)): path.read_bytes() for path in paths}

@@ -1,244 +1,26 @@
-"""The photograph fetcher: Qt resource reader, licences, packages that lie, resuming, manifest. No network."""
+"""The photograph fetcher, on packages built here: what it writes, going on, packages that lie, files of others.
+
+No network: there are stand-ins for apt-get, apt-cache and dpkg-deb.
+"""
 
 import hashlib
 import io
 import json
 import os
-import struct
 import sys
 import tarfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from qt_resource_files import PLAIN, build_rcc, packed
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import fetch_photographs  # noqa: E402
-from photographs.licences import Licence, debian_licence, kde_licence, readme_licence  # noqa: E402
-from photographs.qt_resources import QtResources  # noqa: E402
 from photographs.sources import SOURCES, Source  # noqa: E402
-
-PLAIN, ZLIB, FOLDER, ZSTD = 0, 1, 2, 4
-
-
-def build_rcc(files: dict[str, tuple[bytes, int]], version: int = 3) -> bytes:
-    """A Qt resource file, in the order data, names, tree; `files` maps path -> (stored bytes, flags)."""
-    folders = {"": []}
-    for path in files:
-        parts = path.split("/")
-        for depth in range(1, len(parts)):
-            folder = "/".join(parts[:depth])
-            if folder not in folders:
-                folders[folder] = []
-                folders["/".join(parts[: depth - 1])].append(folder)
-        folders["/".join(parts[:-1])].append(path)
-    order = [""]
-    for path in order:  # grows: children of a folder lie next to one another
-        order.extend(folders.get(path, []))
-    data, names, tree = b"", b"", b""
-    for path in order:
-        name = path.split("/")[-1].encode("utf-16-be")
-        head = struct.pack(">I", len(names))
-        names += struct.pack(">HI", len(name) // 2, 0) + name
-        if path in folders:
-            first = order.index(folders[path][0])
-            node = head + struct.pack(">HII", FOLDER, len(folders[path]), first)
-        else:
-            stored, flags = files[path]
-            node = head + struct.pack(">HHHI", flags, 0, 1, len(data))
-            data += struct.pack(">I", len(stored)) + stored
-        tree += node + (struct.pack(">Q", 1234) if version >= 2 else b"")
-    start = 24 if version >= 3 else 20
-    offsets = (start + len(data) + len(names), start, start + len(data))  # tree, data, names
-    flags = struct.pack(">I", 0) if version >= 3 else b""
-    return b"qres" + struct.pack(">4I", version, *offsets) + flags + data + names + tree
-
-
-def packed(content: bytes, announced: int | None = None) -> tuple[bytes, int]:
-    size = len(content) if announced is None else announced
-    return struct.pack(">I", size) + zlib.compress(content), ZLIB
-
-
-FILES = {
-    "qml/README": (b"words", PLAIN),
-    "qml/deep/er/bird.webp": packed(b"feathers" * 99),
-    "qml/deep/leer": (b"", PLAIN),
-    "Größe \N{BIRD}.txt": (b"top", PLAIN),
-}
-
-
-def read_all(data: bytes) -> dict[str, bytes]:
-    resources = QtResources(data)
-    return {name: resources.read(name) for name in resources.names()}
-
-
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_reads_qt_resources(version):
-    assert read_all(build_rcc(FILES, version)) == {
-        "qml/README": b"words",
-        "qml/deep/er/bird.webp": b"feathers" * 99,
-        "qml/deep/leer": b"",
-        "Größe \N{BIRD}.txt": b"top",
-    }
-
-
-def test_reads_zstd_resources():
-    zstandard = pytest.importorskip("zstandard")
-    stored = zstandard.ZstdCompressor().compress(b"feathers")
-    assert read_all(build_rcc({"a/b": (stored, ZSTD)})) == {"a/b": b"feathers"}
-    with pytest.raises(ValueError, match="a/b does not unpack"):
-        read_all(build_rcc({"a/b": (stored[:-2], ZSTD)}))
-
-
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_refuses_truncated_resources(version):
-    data = build_rcc(FILES, version)
-    for length in range(len(data)):
-        with pytest.raises(ValueError, match="Qt resource file"):
-            read_all(data[:length])
-
-
-def test_damaged_bytes_never_raise_anything_but_value_error():
-    data = build_rcc(FILES)
-    refused = 0
-    for position in range(len(data)):
-        for value in (0x00, 0x02, 0x7F, 0xFF):
-            try:
-                read_all(data[:position] + bytes([value]) + data[position + 1 :])
-            except ValueError:
-                refused += 1
-    assert refused > len(data)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "not a Qt resource file"),
-        (b"\x89PNG\r\n" + bytes(99), "not a Qt resource file"),
-        (build_rcc(FILES).replace(b"qres\0\0\0\3", b"qres\0\0\0\4"), "version 4, expected 1, 2 or 3"),
-        (build_rcc({"a": packed(b"12345678", announced=7)}), "a does not unpack to its 7 bytes"),
-        (build_rcc({"a": packed(b"12345678", announced=9)}), "a does not unpack to its 9 bytes"),
-        (build_rcc({"a": (packed(b"12345678")[0][:-3], ZLIB)}), "a does not unpack to its 8 bytes"),
-        (build_rcc({"a": (b"\0\0\0\4junk", ZLIB)}), "a does not unpack"),
-        (build_rcc({"a": (b"\0\0", ZLIB)}), "a lacks its size"),
-        # Half a surrogate pair for the name "A".
-        (build_rcc({"A": (b"", PLAIN)}).replace(b"\0A", b"\xd8\0"), "the name at byte 34 is no text"),
-        # The root's only child becomes the root itself: a loop.
-        (build_rcc({"a": (b"", PLAIN)}, version=1)[:-18] + bytes(4) + bytes(14), "reached twice"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_refuses_corrupt_resources(data, message):
-    with pytest.raises(ValueError, match=message):
-        read_all(data)
-
-
-DEBIAN_COPYRIGHT = """\
-Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
-
-Files: *
-Copyright: Main Author
-License: GPL-3+
-
-Files: land/*
-Copyright: Various
-License: public-domain
- Donated by
- .
- their makers.
-
-Files: land/*-harro*
-Copyright: 2017, Harro
-           2018, Harro's friend
-License: CC-BY-SA-4.0
-Comment: Cropped.
-
-Files:
- land/hill1*
- land/hill2*
-Copyright: Somebody
-License: CC0-1.0
-
-License: GPL-3+
- The text of it.
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("sound.wav", Licence("GPL-3+", "Main Author")),
-        ("land/sea.jpg", Licence("public-domain", "Various", "Donated by . their makers.")),
-        ("land/hill1.jpg", Licence("CC0-1.0", "Somebody")),
-        # land/hill1* stands later, but the pattern that names the author is the one that is meant.
-        ("land/hill17-harro.jpg", Licence("CC-BY-SA-4.0", "2017, Harro; 2018, Harro's friend", "Cropped.")),
-    ],
-)
-def test_debian_licence(path, expected):
-    assert debian_licence(DEBIAN_COPYRIGHT, path) == expected
-
-
-def test_debian_licence_missing():
-    with pytest.raises(ValueError, match="no paragraph for other.jpg"):
-        debian_licence("Files: land/*\nCopyright: A\nLicense: B\n", "other.jpg")
-
-
-README = """\
-Copyright: Ada: the first
-License: CC0-1.0
-Source: https://example.org/File:Bee.jpg
-Files:
-bee.webp
-wasp.webp
-
-Files: far/heron.webp
-License: Public Domain
-Copyright: Bo
-
-Copyright: Cy
-License: CC-BY-SA 4.0
-swan_0.webp
-swan.webp
-Comment: based on a photo by Di
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("wasp.webp", Licence("CC0-1.0", "Ada: the first", None, "https://example.org/File:Bee.jpg")),
-        ("far/heron.webp", Licence("Public Domain", "Bo")),
-        ("swan.webp", Licence("CC-BY-SA 4.0", "Cy", "based on a photo by Di")),
-    ],
-)
-def test_readme_licence(path, expected):
-    assert readme_licence(README, path) == expected
-
-
-def test_readme_licence_missing():
-    with pytest.raises(ValueError, match="no paragraph for heron.webp"):
-        readme_licence(README, "heron.webp")
-
-
-def test_kde_licence():
-    metadata = {
-        "KPlugin": {"License": "LGPLv3", "Authors": [{"Name": "Ada", "Name[de]": "A"}, {"Name": "Bo"}]}
-    }
-    assert kde_licence(json.dumps(metadata)) == Licence("LGPLv3", "Ada, Bo")
-
-
-def test_no_package_is_in_both_halves():
-    assert len({source.package for source in SOURCES}) == len(SOURCES)
-    assert [source.package for source in SOURCES if source.split == "heldout"] == ["gcompris-qt-data"]
-    assert {source.split for source in SOURCES} == {"train", "heldout"}
-
-
-# --- The command, with packages built here and stand-ins for apt-get, apt-cache and dpkg-deb. ---
 
 
 def picture(seed: int, kind: str, size: tuple[int, int] = (96, 64)) -> bytes:
@@ -563,9 +345,7 @@ def test_reports_pictures_in_both_halves(world, capsys):
     assert "train/land-pics-a_b_2x.jpg heldout/copy-pics-z.jpg" in printed
 
 
-def test_demo_photograph_ships_with_its_licence():
-    assets = ROOT / "gpstoken_diffusers" / "assets"
-    with Image.open(assets / "demo.jpg") as image:
-        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (768, 512))
-    assert (assets / "demo.jpg").stat().st_size < 200_000
-    assert "CC0 1.0" in (assets / "DEMO_LICENSE.txt").read_text("utf-8")
+def test_no_package_is_in_both_halves():
+    assert len({source.package for source in SOURCES}) == len(SOURCES)
+    assert [source.package for source in SOURCES if source.split == "heldout"] == ["gcompris-qt-data"]
+    assert {source.split for source in SOURCES} == {"train", "heldout"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ import torch
 from conftest import golden
 from emulation.toolchain import SplatLibrary, compile_emulation, find_compiler
 from safetensors.torch import load_file
+from splat_cuda_cases import CASES, expect_case, expect_close, random_tokens, real_library
 from torch import Tensor
 
 from gpstoken_diffusers.ops import native
-from gpstoken_diffusers.ops.splat import splat_gaussians
 from gpstoken_diffusers.ops.splat_reference import (
     pixel_centers,
     splat_gaussians_backward_reference,
@@ -51,92 +50,7 @@ def emulated(emulated_cdll: ctypes.CDLL) -> SplatLibrary:
 @pytest.fixture(scope="session")
 def gpu() -> SplatLibrary:
     """The real library, on the current GPU."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    library = native.library("cuda")
-    if library is None:
-        pytest.skip(f"the CUDA library is not there: {native.why_missing('cuda')}")
-    return SplatLibrary(library)
-
-
-def random_tokens(batch: int, count: int, channels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens from a fraction of a pixel to half the image, some centred outside it; |rho| up to 0.95."""
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(5, batch, count, generator=generator)
-    sigma = 0.004 * 100.0 ** uniform[:2]
-    geometry = torch.stack([*sigma, 1.9 * uniform[2] - 0.95, *(2.6 * uniform[3:] - 1.3)], dim=-1)
-    return geometry, torch.randn(batch, count, channels, generator=generator)
-
-
-def away_from_edges(geometry: Tensor, height: int, width: int, support: float) -> Tensor:
-    """Widens tokens with a pixel within 2e-6 of their box's edge, where float32 may decide either way."""
-    geometry = geometry.double()
-    for axis, n in enumerate([width, height]):
-        while True:
-            sigma, center = geometry[..., axis, None], geometry[..., 3 + axis, None]
-            to_edge = (pixel_centers(n, geometry.device) - center).abs() - support * sigma
-            near = to_edge.abs().amin(-1) < 2e-6
-            if not near.any():
-                break
-            geometry[..., axis] *= torch.where(near, 1.001, 1.0)
-    return geometry.float()
-
-
-def expect_close(result: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Largest difference, relative to the largest expected value, below tolerance."""
-    assert result.shape == expected.shape
-    assert result.isfinite().all(), f"{name}: {int((~result.isfinite()).sum())} elements not written or not finite"
-    if expected.numel() == 0:
-        return
-    scale = expected.abs().max().clamp(min=1e-30)
-    error = ((result.to(expected) - expected).abs().max() / scale).item()
-    assert error <= tolerance, f"{name}: error {error:.2e} of the largest value, allowed {tolerance:.0e}"
-
-
-def expect_definition(
-    library: SplatLibrary, geometry: Tensor, texture: Tensor, height: int, width: int, support: float
-) -> None:
-    """Forward and backward against the plain definition in float64."""
-    # float32 sums of up to some hundred terms: 5e-6 is five times what was seen. Then one rounding to
-    # 16 bits, half an ulp: 2^-11 in float16, 2^-8 in bfloat16.
-    rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[texture.dtype]
-    geometry = away_from_edges(geometry, height, width, support)
-    batch, _, channels = texture.shape
-    generator = torch.Generator().manual_seed(1)
-    grad_out = torch.randn(batch, channels, height, width, generator=generator).to(texture)
-    out = library.forward(geometry, texture, height, width, support)
-    grad_geometry, grad_texture = library.backward(geometry, texture, grad_out, support)
-
-    exact_tokens = geometry.double(), texture.double()
-    expected = splat_gaussians_reference(*exact_tokens, height, width, support)
-    expected_grads = splat_gaussians_backward_reference(*exact_tokens, grad_out.double(), support)
-    expect_close(out, expected, 5e-6 + rounding, "map")
-    expect_close(grad_texture, expected_grads[1], 5e-6 + rounding, "texture gradient")
-    for i, name in enumerate(["sigma_x", "sigma_y", "rho", "x", "y"]):
-        expect_close(grad_geometry[..., i], expected_grads[0][..., i], 2e-5, f"gradient of {name}")
-
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-# batch, tokens, channels, height, width, support, dtype. Each number of channels takes another kernel, or the
-# tail of one.
-CASES = [
-    (1, 0, 3, 4, 5, 3.0, F32),
-    (1, 1, 1, 1, 1, 3.0, F32),
-    (2, 17, 3, 7, 5, 5.0, F32),
-    (2, 17, 16, 33, 65, 5.0, F32),
-    (1, 257, 33, 33, 65, 3.0, F32),
-    (1, 257, 16, 33, 65, 3.0, BF16),
-    (1, 17, 130, 7, 5, 3.0, F16),
-    (3, 257, 1, 1, 1, 3.0, F32),
-    (2, 17, 5, 1, 40, 3.0, F16),
-    (2, 17, 32, 40, 1, 5.0, BF16),
-    (1, 17, 0, 3, 3, 3.0, F32),  # no channels: nothing to paint, gradients of geometry are zero
-    (5, 257, 32, 7, 5, 3.0, F32),  # 1285 tokens: eight to a block, the last one not full
-    (256, 2, 13, 2, 2, 3.0, F16),  # 256 tiles: slices of 16 channels
-    (130, 5, 33, 3, 3, 3.0, F32),  # 260 tiles: slices of 32 channels
-    (3, 700, 4, 5, 5, 5.0, F16),  # more survivors in a tile than its list can hold
-]
+    return real_library()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "b{}-n{}-c{}-{}x{}-s{:g}-{}".format(*case))
@@ -146,17 +60,11 @@ class TestDefinition:
     @needs_compiler
     @needs_linux
     def test_emulated(self, emulated: SplatLibrary, case: tuple) -> None:
-        self.check(emulated, case, "cpu")
+        expect_case(emulated, case, "cpu")
 
     @pytest.mark.gpu
     def test_gpu(self, gpu: SplatLibrary, case: tuple) -> None:
-        self.check(gpu, case, "cuda")
-
-    @staticmethod
-    def check(library: SplatLibrary, case: tuple, device: str) -> None:
-        *sizes, height, width, support, dtype = case
-        geometry, texture = random_tokens(*sizes)
-        expect_definition(library, geometry.to(device), texture.to(device, dtype), height, width, support)
+        expect_case(gpu, case, "cuda")
 
 
 def golden_cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, float]]:
@@ -354,86 +262,3 @@ def test_no_access_outside_buffers(tmp_path: Path) -> None:
     for direction in ("forward", "backward"):
         done = run(direction)
         assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, direction
-
-
-# ---- On a GPU only ----
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("sizes", [(1, 64, 16), (8, 256, 32), (64, 128, 16), (2, 4096, 130)])
-def test_gpu_real_sizes(gpu: SplatLibrary, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    geometry, texture = random_tokens(*sizes)
-    expect_definition(gpu, geometry.cuda(), texture.to("cuda", dtype), 64, 80, 3.0)
-
-
-@pytest.mark.gpu
-def test_gpu_operator(gpu: SplatLibrary) -> None:
-    """The public operator on CUDA: autograd, dense copies of strided inputs, torch's own checks."""
-    geometry, texture = (t.cuda() for t in random_tokens(2, 17, 6))
-    strided = texture.transpose(1, 2).contiguous().transpose(1, 2)
-    inputs = geometry.requires_grad_(), strided.requires_grad_()
-    out = splat_gaussians(*inputs, 33, 20)
-    assert torch.equal(out, gpu.forward(geometry.detach(), texture, 33, 20))
-    weight = torch.randn_like(out)
-    grads = torch.autograd.grad((out * weight).sum(), inputs)
-    assert all(map(torch.equal, grads, gpu.backward(geometry.detach(), texture, weight)))
-    torch.library.opcheck(torch.ops.gpstoken.splat_gaussians, (*inputs, 33, 20, 3.0))
-
-
-@pytest.mark.gpu
-def test_gpu_stream(gpu: SplatLibrary) -> None:
-    """The work waits for what its own stream does before it, and is not queued on another."""
-    geometry, texture = (t.cuda() for t in random_tokens(4, 256, 32))
-    expected = splat_gaussians(geometry, texture, 64, 64)
-    late = torch.zeros_like(texture)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # about a tenth of a second
-        late.copy_(texture)
-        out = splat_gaussians(geometry, late, 64, 64)
-        late.zero_()  # must not overtake the kernel either
-    assert not stream.query(), "the call waited for the device"
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.gpu
-def test_gpu_graph(gpu: SplatLibrary) -> None:
-    """Launches can be captured in a CUDA graph."""
-    geometry, texture = (t.cuda() for t in random_tokens(1, 64, 16))
-    expected = splat_gaussians(geometry, texture, 64, 64)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = splat_gaussians(geometry, texture, 64, 64)
-    out.zero_()
-    graph.replay()
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.gpu
-def test_gpu_large_batch(gpu: SplatLibrary) -> None:
-    """More images than the second and third dimension of a grid can count."""
-    geometry, texture = (t.cuda() for t in random_tokens(70_000, 2, 4))
-    out = gpu.forward(geometry, texture, 3, 3)
-    grads = gpu.backward(geometry, texture, torch.ones_like(out))
-    assert torch.equal(out[-1:], gpu.forward(geometry[-1:].contiguous(), texture[-1:].contiguous(), 3, 3))
-    assert all(grad.isfinite().all() for grad in grads)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_gpu_sanitizer(gpu: SplatLibrary, tool: str) -> None:
-    """Both kernels under NVIDIA's checkers."""
-    code = (
-        "import torch; from test_splat_cuda import *; library = SplatLibrary(native.library('cuda'))\n"
-        "for case in CASES: TestDefinition.check(library, case, 'cuda')"
-    )
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-    # Without torch's pool of memory, so that every tensor is an allocation whose ends are known.
-    environment = {"PYTHONPATH": os.pathsep.join(folders), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -98,6 +98,20 @@ def comfyui_page_pip(comfyui_pip, open_page):
     return open_page(comfyui_pip, OUR_NODE)
 
 
+@pytest.fixture(scope="package")
+def layout_editor(comfyui_clone, open_page):
+    """An `Editor`: the Layout Editor in a page of its own."""
+    from comfyui.layout_editor_page import NODE, Editor  # needs what a page needs
+
+    return Editor(comfyui_clone, open_page(comfyui_clone, NODE))
+
+
+@pytest.fixture
+def editor(layout_editor):
+    """The Layout Editor with its Gaussians, nothing done yet."""
+    yield from layout_editor.with_gaussians()
+
+
 @pytest.fixture(scope="session")
 def artefacts(tmp_path_factory) -> Path:
     """Where screenshots go: $GPSTOKEN_ARTEFACTS, or a temporary folder."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from comfyui.comfyui_client import Workflow
-from comfyui.comfyui_page import ComfyUIPage
 from comfyui.comfyui_server import ComfyUIServer
+
+if TYPE_CHECKING:  # it needs playwright, without which its tests skip
+    from comfyui.comfyui_page import ComfyUIPage
 
 NODE = "GPSLayoutEditor"
 SIDE = 256

@@ -9,19 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from comfyui.layout_editor_page import GRAPH, MARGIN, NODE, SIDE, Editor
+from comfyui.layout_editor_page import GRAPH, MARGIN, NODE, SIDE
 
 REACH_PX = 80  # beyond: 3 sigmas of a small token, then what the decoder's convolutions look at, is out of reach
-
-
-@pytest.fixture(scope="module")
-def open_editor(comfyui_clone, open_page):
-    return Editor(comfyui_clone, open_page(comfyui_clone, NODE))
-
-
-@pytest.fixture
-def editor(open_editor):
-    yield from open_editor.with_gaussians()
 
 
 def distance_map(*places) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from PIL import ImageOps
 
 from comfyui.comfyui_client import ExecutionFailed
-from comfyui.layout_editor_page import NODE, Editor, busy_picture, with_picture
+from comfyui.layout_editor_page import NODE, busy_picture, with_picture
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +21,6 @@ def graph(comfyui_clone):
 def other_picture(comfyui_clone) -> str:
     """One with another layout."""
     return comfyui_clone.upload_image(ImageOps.mirror(busy_picture()), "layout_editor_other.png")
-
-
-@pytest.fixture(scope="module")
-def open_editor(comfyui_clone, open_page):
-    return Editor(comfyui_clone, open_page(comfyui_clone, NODE))
-
-
-@pytest.fixture
-def editor(open_editor):
-    yield from open_editor.with_gaussians()
 
 
 def queue_other_picture(editor, picture: str) -> None:
