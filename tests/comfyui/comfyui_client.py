@@ -103,8 +103,12 @@ class ComfyUIClient:
         self.post_json("/interrupt", {})
 
     def free(self) -> None:
-        """Asks the server to unload all models and forget all results, which it does when it has nothing to run."""
+        """Makes the server unload all models and forget all results."""
         self.post_json("/free", {"unload_models": True, "free_memory": True})
+        # It does so after the next thing that it runs or when it has nothing to run, and tells nobody. A prompt that
+        # came at once would still meet the old results.
+        blank = {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 0}}
+        self.run({"1": blank, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
 
     # ---- pictures ----
 
