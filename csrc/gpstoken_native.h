@@ -17,7 +17,7 @@
 
 #include <stdint.h>
 
-#define GPSTOKEN_ABI_VERSION 1
+#define GPSTOKEN_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define GPSTOKEN_API __declspec(dllexport)
@@ -65,6 +65,36 @@ GPSTOKEN_API int gpstoken_splat_backward_cpu(const float* geometry, const void* 
 GPSTOKEN_API int gpstoken_partition_cpu(const float* grey, const float* bias, int32_t* regions, int64_t B, int64_t H,
                                         int64_t W, int64_t N, int min_region_size, double entropy_exponent,
                                         int num_threads);
+
+/* Normalisation of channel-last maps, with SiLU behind it if `silu`. x, out, grad_out and grad_x have the element type
+ * `dtype`; weight, bias (C), their gradients and all statistics are float32. See ops/norm_reference.py. */
+
+/* Over the channels of each of P pixels: x (P, C). */
+GPSTOKEN_API int gpstoken_pixel_norm_cpu(const void* x, const float* weight, const float* bias, void* out, int64_t P,
+                                         int64_t C, float eps, int silu, int dtype, int num_threads);
+
+GPSTOKEN_API int gpstoken_pixel_norm_backward_cpu(const void* x, const float* weight, const float* bias,
+                                                  const void* grad_out, void* grad_x, float* grad_weight,
+                                                  float* grad_bias, int64_t P, int64_t C, float eps, int silu,
+                                                  int dtype, int num_threads);
+
+/* x (B, H, W, C) -> mean and biased variance (B, G, rows, cols) of each of G groups of channels in each of rows x cols
+ * tiles; they divide H and W. */
+GPSTOKEN_API int gpstoken_group_statistics_cpu(const void* x, float* mean, float* variance, int64_t B, int64_t H,
+                                               int64_t W, int64_t C, int64_t G, int64_t rows, int64_t cols, int dtype,
+                                               int num_threads);
+
+/* out = (x - mean) * inverse_std * weight + bias with mean and inverse_std (B, G). */
+GPSTOKEN_API int gpstoken_group_norm_cpu(const void* x, const float* mean, const float* inverse_std,
+                                         const float* weight, const float* bias, void* out, int64_t B, int64_t H,
+                                         int64_t W, int64_t C, int64_t G, int silu, int dtype, int num_threads);
+
+/* slope (B, G): the derivative of inverse_std by the variance; mean and variance are those of x. */
+GPSTOKEN_API int gpstoken_group_norm_backward_cpu(const void* x, const float* mean, const float* inverse_std,
+                                                  const float* slope, const float* weight, const float* bias,
+                                                  const void* grad_out, void* grad_x, float* grad_weight,
+                                                  float* grad_bias, int64_t B, int64_t H, int64_t W, int64_t C,
+                                                  int64_t G, int silu, int dtype, int num_threads);
 
 /* ---- libgpstoken_cuda: device pointers of the current device, work queued on `stream` (a cudaStream_t) ---- */
 

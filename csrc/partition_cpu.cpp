@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_isa.h"
 #include "gpstoken_native.h"
 #include "parallel.h"
 #include "partition.h"
@@ -28,12 +29,11 @@ namespace {
 #define GPSTOKEN_RESTRICT __restrict__
 #endif
 
-#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-#define GPSTOKEN_X86_DISPATCH 1
+#if defined(GPSTOKEN_X86_DISPATCH)
 namespace avx512 {
 #define GPSTOKEN_FMA(a, b, c) __builtin_fmaf(a, b, c)
 #define GPSTOKEN_VECTOR_BYTES 64
-#define GPSTOKEN_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX512
 #include "partition_cpu_kernel.h"
 #undef GPSTOKEN_FMA
 #undef GPSTOKEN_TARGET
@@ -42,7 +42,7 @@ namespace avx512 {
 namespace avx2 {
 #define GPSTOKEN_FMA(a, b, c) __builtin_fmaf(a, b, c)
 #define GPSTOKEN_VECTOR_BYTES 32
-#define GPSTOKEN_TARGET __attribute__((target("avx2,fma")))
+#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX2
 #include "partition_cpu_kernel.h"
 #undef GPSTOKEN_FMA
 #undef GPSTOKEN_TARGET
@@ -71,9 +71,8 @@ struct Kernels {
 // The instruction set that the whole library has settled on.
 Kernels choose_kernels() {
 #if defined(GPSTOKEN_X86_DISPATCH)
-    const char* isa = gpstoken_cpu_isa();
-    if (!std::strcmp(isa, "avx512")) return {avx512::gradient_bins, avx512::count_few_bins};
-    if (!std::strcmp(isa, "avx2")) return {avx2::gradient_bins, avx2::count_few_bins};
+    if (best_isa() == Isa::kAvx512) return {avx512::gradient_bins, avx512::count_few_bins};
+    if (best_isa() == Isa::kAvx2) return {avx2::gradient_bins, avx2::count_few_bins};
 #endif
     return {baseline::gradient_bins, baseline::count_few_bins};
 }

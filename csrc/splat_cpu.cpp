@@ -3,12 +3,11 @@
 #include "splat.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
+#include "cpu_buffer.h"
+#include "cpu_isa.h"
 #include "gpstoken_native.h"
 #include "half_types.h"
 #include "parallel.h"
@@ -26,17 +25,16 @@ constexpr int kMaxLanes = 16;
 
 // ---- one copy of the inner loops per instruction set ----
 
-#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-#define GPSTOKEN_X86_DISPATCH 1
+#if defined(GPSTOKEN_X86_DISPATCH)
 namespace avx512 {
-#define GPSTOKEN_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX512
 #define GPSTOKEN_VECTOR_LANES 16
 #include "splat_cpu_kernel.h"
 #undef GPSTOKEN_TARGET
 #undef GPSTOKEN_VECTOR_LANES
 }  // namespace avx512
 namespace avx2 {
-#define GPSTOKEN_TARGET __attribute__((target("avx2,fma")))
+#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX2
 #define GPSTOKEN_VECTOR_LANES 8
 #include "splat_cpu_kernel.h"
 #undef GPSTOKEN_TARGET
@@ -52,27 +50,17 @@ namespace baseline {
 }  // namespace baseline
 
 struct Kernels {
-    const char* name;
     int lanes;
     decltype(&baseline::paint) paint;
     decltype(&baseline::gather) gather;
 };
 
-constexpr Kernels kBaseline = {"baseline", baseline::kLanes, baseline::paint, baseline::gather};
-
-// The best instruction set of this processor, or a lesser one that GPSTOKEN_CPU_ISA names (for tests and diagnosis).
 Kernels choose_kernels() {
 #if defined(GPSTOKEN_X86_DISPATCH)
-    const char* wish = std::getenv("GPSTOKEN_CPU_ISA");
-    const auto allowed = [wish](const char* name) { return !wish || !*wish || !std::strcmp(wish, name); };
-    __builtin_cpu_init();
-    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return {"avx512", avx512::kLanes, avx512::paint, avx512::gather};
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {"avx2", avx2::kLanes, avx2::paint, avx2::gather};
+    if (best_isa() == Isa::kAvx512) return {avx512::kLanes, avx512::paint, avx512::gather};
+    if (best_isa() == Isa::kAvx2) return {avx2::kLanes, avx2::paint, avx2::gather};
 #endif
-    return kBaseline;
+    return {baseline::kLanes, baseline::paint, baseline::gather};
 }
 
 const Kernels& kernels() {
@@ -82,23 +70,9 @@ const Kernels& kernels() {
 
 // ---- the problem ----
 
-// Float scratch memory on cache lines, not initialised: what the threads that use it write first costs no serial pass.
-constexpr std::align_val_t kCacheLine{64};
-
-struct FreeBuffer {
-    void operator()(float* floats) const { ::operator delete[](floats, kCacheLine); }
-};
-using Buffer = std::unique_ptr<float[], FreeBuffer>;
-
-Buffer make_buffer(int64_t floats) { return Buffer(new (kCacheLine) float[static_cast<size_t>(floats)]); }
-
 struct Sizes {
     int64_t B, N, C, H, W;
 };
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
 // Everything both directions start from: pixel centres, tokens ready to evaluate, textures as padded float32.
 struct Scene {
@@ -283,10 +257,6 @@ int dispatch(const Sizes& s, float support, int dtype, const Run& run) {
 
 }  // namespace
 }  // namespace gpstoken
-
-int gpstoken_abi_version(void) { return GPSTOKEN_ABI_VERSION; }
-
-const char* gpstoken_cpu_isa(void) { return gpstoken::kernels().name; }
 
 int gpstoken_splat_forward_cpu(const float* geometry, const void* texture, void* out, int64_t B, int64_t N, int64_t C,
                                int64_t H, int64_t W, float support, int dtype, int num_threads) {

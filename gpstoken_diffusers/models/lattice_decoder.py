@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.norm import pixel_norm
 from ..ops.splat import splat_gaussians
 from ..tokens import CENTER, RHO, SIGMA
 from .attention import FeedForward, autocast_disabled
@@ -79,14 +80,14 @@ def map_geometry(geometry: Tensor, image_size: tuple[int, int], map_size: tuple[
 
 
 class PixelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of each pixel by itself; (B, C, H, W) -> (B, C, H, W)."""
+    """Layer normalisation over the channels of each pixel by itself, then SiLU; (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return pixel_norm(x, self.weight, self.bias, self.eps, silu=True)
 
 
 class LocalBlock(nn.Module):
-    """Residual block of two PixelNorm - SiLU - 3x3 convolution steps; (B, C, H, W) -> (B, C, H, W)."""
+    """Residual block of two steps, PixelNorm and a 3x3 convolution; (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -99,8 +100,8 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x
-        x = self.conv1(F.silu(self.norm1(x)))
-        return residual + self.conv2(F.silu(self.norm2(x)))
+        x = self.conv1(self.norm1(x))
+        return residual + self.conv2(self.norm2(x))
 
 
 class LatticeDecoder(nn.Module):
@@ -187,9 +188,9 @@ class LatticeDecoder(nn.Module):
         """Painted map (B, lattice_channels + 1, h, w) -> picture (B, out_channels, h upscale, w upscale)."""
         x = self.conv_in(feature_map)
         x = self._run(self.blocks, x)
-        x = F.pixel_shuffle(self.conv_mid(F.silu(self.norm_mid(x))), 2)
+        x = F.pixel_shuffle(self.conv_mid(self.norm_mid(x)), 2)
         x = self._run(self.fine_blocks, x)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.upscale // 2)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.upscale // 2)
 
     def forward(
         self, geometry: Tensor, texture: Tensor, map_size: Size, canvas_size: Size | None = None

@@ -16,7 +16,7 @@ Grid = tuple[int, int]
 
 
 class DecoderBlock(nn.Module):
-    """Residual block of two TileGroupNorm - SiLU - 3x3 convolution steps; (B, in, H, W) -> (B, out, H, W)."""
+    """Residual block of two steps, TileGroupNorm with SiLU and a 3x3 convolution; (B, in, H, W) -> (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -28,8 +28,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, tile_grid: Grid) -> Tensor:
         residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        x = self.conv1(F.silu(self.norm1(x, tile_grid)))
-        x = self.conv2(F.silu(self.norm2(x, tile_grid)))
+        x = self.conv1(self.norm1(x, tile_grid))
+        x = self.conv2(self.norm2(x, tile_grid))
         return residual + x
 
 
@@ -118,4 +118,4 @@ class MapDecoder(nn.Module):
                 x = self._gradient_checkpointing_func(layer, x, tile_grid)
             else:
                 x = layer(x, tile_grid)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))

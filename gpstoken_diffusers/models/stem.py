@@ -23,8 +23,8 @@ class StemBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         residual = hidden_states
-        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
-        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
+        hidden_states = self.conv1(self.norm1(hidden_states, silu=True))
+        hidden_states = self.conv2(self.norm2(hidden_states, silu=True))
         return residual + hidden_states
 
 

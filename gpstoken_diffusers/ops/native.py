@@ -28,7 +28,7 @@ __all__ = ["announce_fallback", "call", "doctor", "dtype_code", "library", "refe
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 1  # GPSTOKEN_ABI_VERSION of csrc/gpstoken_native.h
+ABI_VERSION = 2  # GPSTOKEN_ABI_VERSION of csrc/gpstoken_native.h
 BACKEND_VARIABLE = "GPSTOKEN_BACKEND"
 
 _FOLDER = Path(gpstoken_diffusers.__file__).resolve().parent
@@ -36,6 +36,8 @@ _FOLDER = Path(gpstoken_diffusers.__file__).resolve().parent
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 _SPLAT_SIZES = [_SIZE] * 5 + [_FLOAT, _INT]  # B, N, C, H, W, support, dtype
+_PIXEL_NORM = [_SIZE] * 2 + [_FLOAT] + [_INT] * 3  # P, C, eps, silu, dtype, num_threads
+_GROUP_NORM = [_SIZE] * 5 + [_INT] * 3  # B, H, W, C, G, silu, dtype, num_threads
 
 # Arguments of every function of the C interface, in the header's order; each returns an int.
 _SIGNATURES: dict[str, dict[str, list[type]]] = {
@@ -43,6 +45,11 @@ _SIGNATURES: dict[str, dict[str, list[type]]] = {
         "gpstoken_splat_forward_cpu": [_POINTER] * 3 + _SPLAT_SIZES + [_INT],
         "gpstoken_splat_backward_cpu": [_POINTER] * 5 + _SPLAT_SIZES + [_INT],
         "gpstoken_partition_cpu": [_POINTER] * 3 + [_SIZE] * 4 + [_INT, _DOUBLE, _INT],
+        "gpstoken_pixel_norm_cpu": [_POINTER] * 4 + _PIXEL_NORM,
+        "gpstoken_pixel_norm_backward_cpu": [_POINTER] * 7 + _PIXEL_NORM,
+        "gpstoken_group_statistics_cpu": [_POINTER] * 3 + [_SIZE] * 7 + [_INT] * 2,
+        "gpstoken_group_norm_cpu": [_POINTER] * 6 + _GROUP_NORM,
+        "gpstoken_group_norm_backward_cpu": [_POINTER] * 10 + _GROUP_NORM,
     },
     "cuda": {
         "gpstoken_splat_forward_cuda": [_POINTER] * 3 + _SPLAT_SIZES + [_POINTER],
@@ -63,6 +70,8 @@ _CUDA_ERROR = 1000
 # Which native library serves an op on each kind of device; None: there is only the plain definition.
 _OPS: dict[str, dict[str, str | None]] = {
     "splat_gaussians": {"cpu": "cpu", "cuda": "cuda", "mps": None},
+    "group_norm": {"cpu": "cpu", "cuda": None, "mps": None},
+    "pixel_norm": {"cpu": "cpu", "cuda": None, "mps": None},
     "partition_image": {"cpu": "cpu", "cuda": "cpu", "mps": "cpu"},  # images are brought to the CPU and back
 }
 

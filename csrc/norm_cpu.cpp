@@ -1,0 +1,356 @@
+// Normalisation of channel-last maps on the CPU, with SiLU behind it: over the channels of each pixel, or over groups of
+// channels of a whole image. Threads take blocks of pixels whose sums are added in a fixed order, so that results do not
+// depend on the number of threads.
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu_buffer.h"
+#include "cpu_isa.h"
+#include "gpstoken_native.h"
+#include "half_types.h"
+#include "parallel.h"
+
+namespace gpstoken {
+namespace {
+
+// ---- one copy of the inner loops per instruction set ----
+
+#if defined(GPSTOKEN_X86_DISPATCH)
+namespace avx512 {
+#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX512
+#define GPSTOKEN_VECTOR_LANES 16
+#include "norm_cpu_kernel.h"
+#undef GPSTOKEN_TARGET
+#undef GPSTOKEN_VECTOR_LANES
+}  // namespace avx512
+namespace avx2 {
+#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX2
+#define GPSTOKEN_VECTOR_LANES 8
+#include "norm_cpu_kernel.h"
+#undef GPSTOKEN_TARGET
+#undef GPSTOKEN_VECTOR_LANES
+}  // namespace avx2
+#endif
+namespace baseline {
+#define GPSTOKEN_TARGET
+#define GPSTOKEN_VECTOR_LANES 4
+#include "norm_cpu_kernel.h"
+#undef GPSTOKEN_TARGET
+#undef GPSTOKEN_VECTOR_LANES
+}  // namespace baseline
+
+template <class T>
+struct Kernels {
+    decltype(&baseline::pixel_norm_rows<T>) pixel_norm_rows;
+    decltype(&baseline::pixel_norm_backward_rows<T>) pixel_norm_backward_rows;
+    decltype(&baseline::group_moments<T>) group_moments;
+    decltype(&baseline::channel_norm_rows<T>) channel_norm_rows;
+    decltype(&baseline::channel_norm_sums<T>) channel_norm_sums;
+    decltype(&baseline::channel_norm_backward_rows<T>) channel_norm_backward_rows;
+};
+
+#define GPSTOKEN_NORM_KERNELS(isa)                                                              \
+    {                                                                                           \
+        isa::pixel_norm_rows<T>, isa::pixel_norm_backward_rows<T>, isa::group_moments<T>,       \
+            isa::channel_norm_rows<T>, isa::channel_norm_sums<T>, isa::channel_norm_backward_rows<T> \
+    }
+
+template <class T>
+Kernels<T> kernels() {
+#if defined(GPSTOKEN_X86_DISPATCH)
+    if (best_isa() == Isa::kAvx512) return GPSTOKEN_NORM_KERNELS(avx512);
+    if (best_isa() == Isa::kAvx2) return GPSTOKEN_NORM_KERNELS(avx2);
+#endif
+    return GPSTOKEN_NORM_KERNELS(baseline);
+}
+
+// ---- blocks of pixels ----
+
+constexpr int64_t kMaxLanes = 16;
+constexpr int64_t kPixelsPerBlock = 64;  // of 512 channels: what fits the second-level cache
+
+int useful_threads(int64_t elements, int num_threads) {
+    // Starting a thread takes some 20 us: each must have more than that to do.
+    constexpr int64_t kElementsPerThread = 64 * 1024;
+    return static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), 1 + elements / kElementsPerThread));
+}
+
+int64_t blocks_of(int64_t pixels) { return divide_up(pixels, kPixelsPerBlock); }
+
+int64_t block_size(int64_t block, int64_t pixels) { return std::min(kPixelsPerBlock, pixels - block * kPixelsPerBlock); }
+
+// Values per channel, padded with zeros.
+Buffer padded_copy(const float* values, int64_t C, int64_t padded) {
+    Buffer copy = make_buffer(padded);
+    std::copy(values, values + C, copy.get());
+    std::fill(copy.get() + C, copy.get() + padded, 0.0f);
+    return copy;
+}
+
+// ---- over the channels of each pixel ----
+
+template <class T>
+void pixel_norm(const T* x, const float* weight, const float* bias, T* out, int64_t P, int64_t C, float eps, bool silu,
+                int num_threads) {
+    const int64_t padded = round_up(C, kMaxLanes);
+    const int threads = useful_threads(P * C, num_threads);
+    const Buffer w = padded_copy(weight, C, padded), b = padded_copy(bias, C, padded);
+    const Buffer scratch = make_buffer(threads * padded);
+    const auto k = kernels<T>();
+    parallel_for(blocks_of(P), threads, [&](int64_t block, int worker) {
+        const int64_t first = block * kPixelsPerBlock * C;
+        k.pixel_norm_rows(x + first, w.get(), b.get(), out + first, block_size(block, P), C, padded, eps, silu,
+                          scratch.get() + worker * padded);
+    });
+}
+
+template <class T>
+void pixel_norm_backward(const T* x, const float* weight, const float* bias, const T* grad_out, T* grad_x,
+                         float* grad_weight, float* grad_bias, int64_t P, int64_t C, float eps, bool silu,
+                         int num_threads) {
+    const int64_t padded = round_up(C, kMaxLanes), blocks = blocks_of(P);
+    const int threads = useful_threads(P * C, num_threads);
+    const Buffer w = padded_copy(weight, C, padded), b = padded_copy(bias, C, padded);
+    const Buffer scratch = make_buffer(threads * 2 * padded), sums = make_buffer(blocks * 2 * padded);
+    const auto k = kernels<T>();
+    parallel_for(blocks, threads, [&](int64_t block, int worker) {
+        const int64_t first = block * kPixelsPerBlock * C;
+        float* own = sums.get() + block * 2 * padded;
+        std::fill(own, own + 2 * padded, 0.0f);
+        k.pixel_norm_backward_rows(x + first, w.get(), b.get(), grad_out + first, grad_x + first, own, own + padded,
+                                   block_size(block, P), C, padded, eps, silu, scratch.get() + worker * 2 * padded);
+    });
+    std::vector<double> totals(static_cast<size_t>(2 * padded), 0.0);
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t i = 0; i < 2 * padded; ++i) totals[i] += sums[block * 2 * padded + i];
+    for (int64_t c = 0; c < C; ++c) {
+        grad_weight[c] = static_cast<float>(totals[c]);
+        grad_bias[c] = static_cast<float>(totals[padded + c]);
+    }
+}
+
+// ---- over groups of channels ----
+
+struct Sizes {
+    int64_t B, H, W, C, G, rows, cols;  // rows x cols tiles
+};
+
+// Mean and biased variance of each group in each tile, both (B, G, rows, cols).
+template <class T>
+void group_statistics(const T* x, float* mean, float* variance, const Sizes& s, int num_threads) {
+    const int64_t padded = round_up(s.C, kMaxLanes);
+    const int64_t tile_height = s.H / s.rows, tile_width = s.W / s.cols, pieces = blocks_of(tile_width);
+    const int64_t tiles = s.B * s.rows * s.cols, per_tile = tile_height * pieces;
+    const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
+    const Buffer scratch = make_buffer(threads * 3 * padded);
+    std::vector<double> moments(static_cast<size_t>(tiles * per_tile * 2 * s.G));
+    const auto k = kernels<T>();
+    // Item: a piece of a row of pixels within a tile.
+    const auto pixels_of = [&](int64_t item) { return block_size(item % pieces, tile_width); };
+    parallel_for(tiles * per_tile, threads, [&](int64_t item, int worker) {
+        const int64_t tile = item / per_tile, y = item % per_tile / pieces, piece = item % pieces;
+        const int64_t image = tile / (s.rows * s.cols), row = tile / s.cols % s.rows, col = tile % s.cols;
+        const int64_t pixel = (image * s.H + row * tile_height + y) * s.W + col * tile_width + piece * kPixelsPerBlock;
+        double* own = moments.data() + item * 2 * s.G;
+        k.group_moments(x + pixel * s.C, pixels_of(item), s.C, padded, s.G, scratch.get() + worker * 3 * padded, own,
+                        own + s.G);
+    });
+    parallel_for(tiles, threads, [&](int64_t tile, int) {
+        for (int64_t g = 0; g < s.G; ++g) {
+            // Moments of disjoint sets combined (T. Chan, G. Golub and R. LeVeque, 1979).
+            double count = 0.0, center = 0.0, squares = 0.0;
+            for (int64_t item = tile * per_tile; item < (tile + 1) * per_tile; ++item) {
+                const double* own = moments.data() + item * 2 * s.G;
+                const double more = static_cast<double>(pixels_of(item)), delta = own[g] - center;
+                const double total = count + more;
+                squares += own[s.G + g] + delta * delta * count * more / total * static_cast<double>(s.C / s.G);
+                center += delta * more / total;
+                count = total;
+            }
+            const int64_t places = s.rows * s.cols, at = (tile / places * s.G + g) * places + tile % places;
+            mean[at] = static_cast<float>(center);
+            variance[at] = static_cast<float>(std::max(squares, 0.0) / (count * static_cast<double>(s.C / s.G)));
+        }
+    });
+}
+
+// What each channel of each image is normalised by, from figures per group: (B, padded) each.
+struct Channels {
+    int64_t padded;
+    Buffer mean, scale, bias;
+};
+
+Channels spread(const float* mean, const float* inverse_std, const float* weight, const float* bias, const Sizes& s) {
+    Channels channels;
+    const int64_t padded = channels.padded = round_up(s.C, kMaxLanes), size = s.C / s.G;
+    for (Buffer* buffer : {&channels.mean, &channels.scale, &channels.bias}) {
+        *buffer = make_buffer(s.B * padded);
+        std::fill(buffer->get(), buffer->get() + s.B * padded, 0.0f);
+    }
+    for (int64_t b = 0; b < s.B; ++b)
+        for (int64_t c = 0; c < s.C; ++c) {
+            const int64_t group = b * s.G + c / size, at = b * padded + c;
+            channels.mean[at] = mean[group];
+            channels.scale[at] = inverse_std[group] * weight[c];
+            channels.bias[at] = bias[c];
+        }
+    return channels;
+}
+
+// Calls body(first pixel, pixels, offset of the image's channels, worker) for blocks of pixels of every image.
+template <class Body>
+void for_each_block(const Sizes& s, int64_t padded, int threads, const Body& body) {
+    const int64_t P = s.H * s.W, blocks = blocks_of(P);
+    parallel_for(s.B * blocks, threads, [&](int64_t item, int worker) {
+        const int64_t image = item / blocks, block = item % blocks;
+        body(image * P + block * kPixelsPerBlock, block_size(block, P), image * padded, item, worker);
+    });
+}
+
+template <class T>
+void group_norm(const T* x, const float* mean, const float* inverse_std, const float* weight, const float* bias, T* out,
+                const Sizes& s, bool silu, int num_threads) {
+    const Channels channels = spread(mean, inverse_std, weight, bias, s);
+    const int64_t padded = channels.padded;
+    const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
+    const Buffer scratch = make_buffer(threads * padded);
+    const auto k = kernels<T>();
+    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t, int worker) {
+        k.channel_norm_rows(x + pixel * s.C, channels.mean.get() + image, channels.scale.get() + image,
+                            channels.bias.get() + image, out + pixel * s.C, pixels, s.C, padded, silu,
+                            scratch.get() + worker * padded);
+    });
+}
+
+// slope (B, G): the derivative of inverse_std by the variance.
+template <class T>
+void group_norm_backward(const T* x, const float* mean, const float* inverse_std, const float* slope,
+                         const float* weight, const float* bias, const T* grad_out, T* grad_x, float* grad_weight,
+                         float* grad_bias, const Sizes& s, bool silu, int num_threads) {
+    const Channels channels = spread(mean, inverse_std, weight, bias, s);
+    const int64_t padded = channels.padded, blocks = blocks_of(s.H * s.W), size = s.C / s.G;
+    const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
+    const Buffer scratch = make_buffer(threads * 2 * padded), sums = make_buffer(s.B * blocks * 2 * padded);
+    const auto k = kernels<T>();
+    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t item, int worker) {
+        float* own = sums.get() + item * 2 * padded;
+        std::fill(own, own + 2 * padded, 0.0f);
+        k.channel_norm_sums(x + pixel * s.C, grad_out + pixel * s.C, channels.mean.get() + image,
+                            channels.scale.get() + image, channels.bias.get() + image, pixels, s.C, padded, silu,
+                            scratch.get() + worker * 2 * padded, own, own + padded);
+    });
+    const Buffer offset = make_buffer(s.B * padded), along = make_buffer(s.B * padded);
+    std::fill(offset.get(), offset.get() + s.B * padded, 0.0f);
+    std::fill(along.get(), along.get() + s.B * padded, 0.0f);
+    std::vector<double> weight_sum(static_cast<size_t>(s.C), 0.0), bias_sum(static_cast<size_t>(s.C), 0.0);
+    std::vector<double> totals(static_cast<size_t>(2 * padded));
+    const double count = static_cast<double>(s.H * s.W * size);
+    for (int64_t b = 0; b < s.B; ++b) {
+        std::fill(totals.begin(), totals.end(), 0.0);
+        for (int64_t block = 0; block < blocks; ++block) {
+            const float* own = sums.get() + (b * blocks + block) * 2 * padded;
+            for (int64_t i = 0; i < 2 * padded; ++i) totals[i] += own[i];
+        }
+        for (int64_t g = 0; g < s.G; ++g) {
+            const int64_t group = b * s.G + g;
+            double plain = 0.0, centered = 0.0;
+            for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+                weight_sum[c] += totals[padded + c] * inverse_std[group];
+                bias_sum[c] += totals[c];
+                plain += totals[c] * weight[c];
+                centered += totals[padded + c] * weight[c];
+            }
+            for (int64_t c = b * padded + g * size; c < b * padded + (g + 1) * size; ++c) {
+                offset[c] = static_cast<float>(-inverse_std[group] * plain / count);
+                along[c] = static_cast<float>(2.0 * slope[group] * centered / count);
+            }
+        }
+    }
+    for (int64_t c = 0; c < s.C; ++c) {
+        grad_weight[c] = static_cast<float>(weight_sum[c]);
+        grad_bias[c] = static_cast<float>(bias_sum[c]);
+    }
+    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t, int worker) {
+        k.channel_norm_backward_rows(x + pixel * s.C, grad_out + pixel * s.C, channels.mean.get() + image,
+                                     channels.scale.get() + image, channels.bias.get() + image, offset.get() + image,
+                                     along.get() + image, grad_x + pixel * s.C, pixels, s.C, padded, silu,
+                                     scratch.get() + worker * 2 * padded);
+    });
+}
+
+// ---- the C interface ----
+
+// Checks what Python has checked already only as far as memory safety goes, and calls run(T{}) for the element type.
+template <class Run>
+int dispatch(const Sizes& s, int dtype, const Run& run) {
+    if (s.B < 0 || s.H < 1 || s.W < 1 || s.C < 1 || s.G < 1 || s.C % s.G || s.rows < 1 || s.cols < 1 ||
+        s.H % s.rows || s.W % s.cols)
+        return GPSTOKEN_INVALID_ARGUMENT;
+    try {
+        switch (dtype) {
+            case GPSTOKEN_FLOAT32: run(float{}); return GPSTOKEN_OK;
+            case GPSTOKEN_FLOAT16: run(Float16{}); return GPSTOKEN_OK;
+            case GPSTOKEN_BFLOAT16: run(BFloat16{}); return GPSTOKEN_OK;
+            default: return GPSTOKEN_UNSUPPORTED_DTYPE;
+        }
+    } catch (const std::exception&) {  // bad_alloc, length_error
+        return GPSTOKEN_OUT_OF_MEMORY;
+    }
+}
+
+}  // namespace
+}  // namespace gpstoken
+
+int gpstoken_pixel_norm_cpu(const void* x, const float* weight, const float* bias, void* out, int64_t P, int64_t C,
+                            float eps, int silu, int dtype, int num_threads) {
+    return gpstoken::dispatch({P, 1, 1, C, 1, 1, 1}, dtype, [&](auto zero) {
+        using T = decltype(zero);
+        gpstoken::pixel_norm(static_cast<const T*>(x), weight, bias, static_cast<T*>(out), P, C, eps, silu != 0,
+                             num_threads);
+    });
+}
+
+int gpstoken_pixel_norm_backward_cpu(const void* x, const float* weight, const float* bias, const void* grad_out,
+                                     void* grad_x, float* grad_weight, float* grad_bias, int64_t P, int64_t C,
+                                     float eps, int silu, int dtype, int num_threads) {
+    return gpstoken::dispatch({P, 1, 1, C, 1, 1, 1}, dtype, [&](auto zero) {
+        using T = decltype(zero);
+        gpstoken::pixel_norm_backward(static_cast<const T*>(x), weight, bias, static_cast<const T*>(grad_out),
+                                      static_cast<T*>(grad_x), grad_weight, grad_bias, P, C, eps, silu != 0,
+                                      num_threads);
+    });
+}
+
+int gpstoken_group_statistics_cpu(const void* x, float* mean, float* variance, int64_t B, int64_t H, int64_t W,
+                                  int64_t C, int64_t G, int64_t rows, int64_t cols, int dtype, int num_threads) {
+    const gpstoken::Sizes sizes = {B, H, W, C, G, rows, cols};
+    return gpstoken::dispatch(sizes, dtype, [&](auto zero) {
+        using T = decltype(zero);
+        gpstoken::group_statistics(static_cast<const T*>(x), mean, variance, sizes, num_threads);
+    });
+}
+
+int gpstoken_group_norm_cpu(const void* x, const float* mean, const float* inverse_std, const float* weight,
+                            const float* bias, void* out, int64_t B, int64_t H, int64_t W, int64_t C, int64_t G,
+                            int silu, int dtype, int num_threads) {
+    const gpstoken::Sizes sizes = {B, H, W, C, G, 1, 1};
+    return gpstoken::dispatch(sizes, dtype, [&](auto zero) {
+        using T = decltype(zero);
+        gpstoken::group_norm(static_cast<const T*>(x), mean, inverse_std, weight, bias, static_cast<T*>(out), sizes,
+                             silu != 0, num_threads);
+    });
+}
+
+int gpstoken_group_norm_backward_cpu(const void* x, const float* mean, const float* inverse_std, const float* slope,
+                                     const float* weight, const float* bias, const void* grad_out, void* grad_x,
+                                     float* grad_weight, float* grad_bias, int64_t B, int64_t H, int64_t W, int64_t C,
+                                     int64_t G, int silu, int dtype, int num_threads) {
+    const gpstoken::Sizes sizes = {B, H, W, C, G, 1, 1};
+    return gpstoken::dispatch(sizes, dtype, [&](auto zero) {
+        using T = decltype(zero);
+        gpstoken::group_norm_backward(static_cast<const T*>(x), mean, inverse_std, slope, weight, bias,
+                                      static_cast<const T*>(grad_out), static_cast<T*>(grad_x), grad_weight, grad_bias,
+                                      sizes, silu != 0, num_threads);
+    });
+}
