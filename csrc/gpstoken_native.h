@@ -89,6 +89,13 @@ GPSTOKEN_API int gpstoken_group_norm_cpu(const void* x, const float* mean, const
                                          const float* weight, const float* bias, void* out, int64_t B, int64_t H,
                                          int64_t W, int64_t C, int64_t G, int silu, int dtype, int num_threads);
 
+/* out = (x - mean) / (max(std, floor) + eps) * weight + bias with floor (B, G) and mean and std (B, H, cols, G), between
+ * whose columns tiles and shares (W, 4) interpolate: which four count for a column of pixels, and how much. */
+GPSTOKEN_API int gpstoken_tile_norm_cpu(const void* x, const float* mean, const float* std, const float* floor,
+                                        const int32_t* tiles, const float* shares, const float* weight,
+                                        const float* bias, void* out, int64_t B, int64_t H, int64_t W, int64_t C,
+                                        int64_t G, int64_t cols, float eps, int silu, int dtype, int num_threads);
+
 /* slope (B, G): the derivative of inverse_std by the variance; mean and variance are those of x. */
 GPSTOKEN_API int gpstoken_group_norm_backward_cpu(const void* x, const float* mean, const float* inverse_std,
                                                   const float* slope, const float* weight, const float* bias,

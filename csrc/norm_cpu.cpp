@@ -46,6 +46,7 @@ struct Kernels {
     decltype(&baseline::pixel_norm_backward_rows<T>) pixel_norm_backward_rows;
     decltype(&baseline::group_moments<T>) group_moments;
     decltype(&baseline::channel_norm_rows<T>) channel_norm_rows;
+    decltype(&baseline::tile_norm_row<T>) tile_norm_row;
     decltype(&baseline::channel_norm_sums<T>) channel_norm_sums;
     decltype(&baseline::channel_norm_backward_rows<T>) channel_norm_backward_rows;
 };
@@ -53,7 +54,8 @@ struct Kernels {
 #define GPSTOKEN_NORM_KERNELS(isa)                                                              \
     {                                                                                           \
         isa::pixel_norm_rows<T>, isa::pixel_norm_backward_rows<T>, isa::group_moments<T>,       \
-            isa::channel_norm_rows<T>, isa::channel_norm_sums<T>, isa::channel_norm_backward_rows<T> \
+            isa::channel_norm_rows<T>, isa::tile_norm_row<T>, isa::channel_norm_sums<T>,        \
+            isa::channel_norm_backward_rows<T>                                                  \
     }
 
 template <class T>
@@ -77,7 +79,6 @@ int useful_threads(int64_t elements, int num_threads) {
 }
 
 int64_t blocks_of(int64_t pixels) { return divide_up(pixels, kPixelsPerBlock); }
-
 int64_t block_size(int64_t block, int64_t pixels) { return std::min(kPixelsPerBlock, pixels - block * kPixelsPerBlock); }
 
 // Values per channel, padded with zeros.
@@ -223,6 +224,35 @@ void group_norm(const T* x, const float* mean, const float* inverse_std, const f
     });
 }
 
+// mean and std: (B, H, cols, G), floor: (B, G); tiles and shares: (W, 4), which columns of tiles count how much for a
+// column of pixels.
+template <class T>
+void tile_norm(const T* x, const float* mean, const float* std, const float* floor, const int32_t* tiles,
+               const float* shares, const float* weight, const float* bias, T* out, const Sizes& s, float eps, bool silu,
+               int num_threads) {
+    const int64_t padded = round_up(s.C, kMaxLanes), size = s.C / s.G;
+    const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
+    const Buffer w = padded_copy(weight, s.C, padded), b = padded_copy(bias, s.C, padded);
+    const int64_t floats = 2 * (s.cols + 1) * padded;
+    const Buffer scratch = make_buffer(threads * floats);
+    const auto k = kernels<T>();
+    parallel_for(s.B * s.H, threads, [&](int64_t item, int worker) {
+        float* means = scratch.get() + worker * floats;
+        float *stds = means + s.cols * padded, *lowest = stds + s.cols * padded, *row = lowest + padded;
+        std::fill(means, means + floats, 0.0f);
+        for (int64_t tile = 0; tile < s.cols; ++tile)
+            for (int64_t c = 0; c < s.C; ++c) {
+                const int64_t from = (item * s.cols + tile) * s.G + c / size;
+                means[tile * padded + c] = mean[from];
+                stds[tile * padded + c] = std[from];
+            }
+        for (int64_t c = 0; c < s.C; ++c) lowest[c] = floor[item / s.H * s.G + c / size];
+        const int64_t first = item * s.W * s.C;
+        k.tile_norm_row(x + first, means, stds, lowest, tiles, shares, w.get(), b.get(), eps, out + first, s.W, s.C,
+                        padded, silu, row);
+    });
+}
+
 // slope (B, G): the derivative of inverse_std by the variance.
 template <class T>
 void group_norm_backward(const T* x, const float* mean, const float* inverse_std, const float* slope,
@@ -339,6 +369,19 @@ int gpstoken_group_norm_cpu(const void* x, const float* mean, const float* inver
         using T = decltype(zero);
         gpstoken::group_norm(static_cast<const T*>(x), mean, inverse_std, weight, bias, static_cast<T*>(out), sizes,
                              silu != 0, num_threads);
+    });
+}
+
+int gpstoken_tile_norm_cpu(const void* x, const float* mean, const float* std, const float* floor, const int32_t* tiles,
+                           const float* shares, const float* weight, const float* bias, void* out, int64_t B,
+                           int64_t H, int64_t W, int64_t C, int64_t G, int64_t cols, float eps, int silu, int dtype,
+                           int num_threads) {
+    if (cols < 1) return GPSTOKEN_INVALID_ARGUMENT;
+    return gpstoken::dispatch({B, H, W, C, G, 1, 1}, dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const gpstoken::Sizes sizes = {B, H, W, C, G, 1, cols};
+        gpstoken::tile_norm(static_cast<const T*>(x), mean, std, floor, tiles, shares, weight, bias,
+                            static_cast<T*>(out), sizes, eps, silu != 0, num_threads);
     });
 }
 

@@ -161,6 +161,35 @@ GPSTOKEN_TARGET static void channel_norm_rows(const T* x, const float* mean, con
     }
 }
 
+// ---- over the pixels of tiles, with figures that vary along a row ----
+
+// out = activate((x - mean) / (max(std, floor) + eps) * weight + bias) for a row of pixels, where mean and std are
+// interpolated between columns of tiles: four of them count for a pixel, `tiles` says which and `shares` how much.
+// means, stds: (cols, padded); row: scratch, `padded` long.
+template <class T>
+GPSTOKEN_TARGET static void tile_norm_row(const T* x, const float* means, const float* stds, const float* floor,
+                                          const int32_t* tiles, const float* shares, const float* weight,
+                                          const float* bias, float eps, T* out, int64_t width, int64_t C,
+                                          int64_t padded, bool silu, float* row) {
+    for (int64_t i = 0; i < width; ++i) {
+        load_row(x + i * C, C, padded, 0.0f, row);
+        for (int64_t c = 0; c < padded; c += kLanes) {
+            Vector mean = broadcast(0.0f), std = broadcast(0.0f);
+            for (int k = 0; k < 4; ++k) {
+                const Vector share = broadcast(shares[4 * i + k]);
+                mean += share * load(means + tiles[4 * i + k] * padded + c);
+                std += share * load(stds + tiles[4 * i + k] * padded + c);
+            }
+            const Vector deviation = larger(std, load(floor + c)) + broadcast(eps);
+            const Vector scale = quotient(load(weight + c), deviation);
+            store(row + c, activate((load(row + c) - mean) * scale + load(bias + c), silu));
+        }
+        store_row(row, C, out + i * C);
+    }
+}
+
+// ---- gradients ----
+
 // Adds, per channel, the gradient at the activation's input to `sums`, and that times (x - mean) to `along`.
 // row: scratch for two rows.
 template <class T>

@@ -80,6 +80,28 @@ GPSTOKEN_KERNEL Vector reciprocal(const Vector& x) {
 #endif
 }
 
+GPSTOKEN_KERNEL Vector quotient(const Vector& a, const Vector& b) {
+#if defined(__GNUC__)
+    return a / b;
+#else
+    Vector result;
+    for (int i = 0; i < kLanes; ++i) result.lane[i] = a[i] / b[i];
+    return result;
+#endif
+}
+
+// The larger of two numbers; `b` where `a` is none.
+GPSTOKEN_KERNEL Vector larger(const Vector& a, const Vector& b) {
+#if defined(__GNUC__)
+    const Integers keep = a > b;
+    return (Vector)(((Integers)a & keep) | ((Integers)b & ~keep));
+#else
+    Vector result;
+    for (int i = 0; i < kLanes; ++i) result.lane[i] = a[i] > b[i] ? a[i] : b[i];
+    return result;
+#endif
+}
+
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -86, where it would leave the normal numbers.
 GPSTOKEN_KERNEL Vector exp_nonpositive(const Vector& x) {
 #if defined(__GNUC__)

@@ -4,7 +4,7 @@
 
 Maps are those of gpstoken-mini (192 channels at 64 x 64) and of the released decoder (512 at 64 x 64, 128 at 256 x
 256), channels-last. `torch` is torch's own norm followed by SiLU (its group norm is inaccurate there, see
-ops/norm.py), `definition` the plain twin. `copy` reads and writes the map once: nothing can be faster.
+ops/group_norm.py), `definition` the plain twin. `copy` reads and writes the map once: nothing can be faster.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpstoken_diffusers.ops.norm import group_norm, pixel_norm  # noqa: E402
+from gpstoken_diffusers.ops.group_norm import group_norm  # noqa: E402
 from gpstoken_diffusers.ops.norm_reference import group_norm_reference, pixel_norm_reference  # noqa: E402
+from gpstoken_diffusers.ops.pixel_norm import pixel_norm  # noqa: E402
 
 SHAPES = [(4, 192, 64, 64), (1, 512, 64, 64), (1, 128, 256, 256)]
 GROUPS, EPS = 32, 1e-6

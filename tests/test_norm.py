@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from gpstoken_diffusers.ops import native
-from gpstoken_diffusers.ops.norm import group_norm, group_statistics, pixel_norm
+from gpstoken_diffusers.ops.group_norm import group_norm, group_statistics, tile_norm
 from gpstoken_diffusers.ops.norm_reference import (
     group_norm_backward_reference,
     group_norm_reference,
     group_statistics_reference,
     pixel_norm_backward_reference,
     pixel_norm_reference,
+    tile_norm_reference,
 )
+from gpstoken_diffusers.ops.pixel_norm import pixel_norm
 
 needs_native = pytest.mark.skipif(native.library("cpu") is None, reason=native.why_missing("cpu") or "none")
 
@@ -60,7 +62,8 @@ def with_gradients(function, x: Tensor, weight: Tensor, bias: Tensor, grad: Tens
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
-    for name, ours, theirs in zip(("out", "grad_x", "grad_weight", "grad_bias"), actual, expected, strict=True):
+    names = ("out", "grad_x", "grad_weight", "grad_bias")[: len(expected)]
+    for name, ours, theirs in zip(names, actual, expected, strict=True):
         scale = theirs.abs().max().clamp(min=1e-3).item()
         error = (ours.double() - theirs.double()).abs().max().item()
         # Gradients of weights are float32 sums whatever the map's type, of products of rounded numbers.
@@ -157,11 +160,37 @@ def test_statistics_per_tile(tile_grid, dtype):
 
 
 @needs_native
-def test_statistics_do_not_cancel():
-    """A mean ten thousand times the deviation: the difference of two sums would leave nothing."""
-    x = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)) + 10_000
+@pytest.mark.parametrize("tile_grid", [(1, 1), (2, 2), (3, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_between_tiles(tile_grid, dtype):
+    x, weight, bias, _ = inputs((2, 24, 6, 35), dtype)
+    random = torch.Generator().manual_seed(1)
+    mean, std = (torch.randn(2, 4, *tile_grid, generator=random), torch.rand(2, 4, *tile_grid, generator=random) + 0.2)
+    std[0, 0, 0, 0] = 9.0  # beside it, the enlarged deviation falls below zero
+    floor = 0.5 * std.amin((2, 3))
+    wide = [tensor.double() for tensor in (x, mean, std, floor, weight, bias)]
+    for silu in (False, True):
+        expected = tile_norm_reference(*wide, 1e-6, silu)
+        ours = tile_norm(x, mean, std, floor, weight, bias, 1e-6, silu=silu)
+        assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+        assert_close([ours], [expected], dtype)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(tile_norm(leaf, mean, std, floor, weight, bias, 1e-6).sum(), leaf)
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+
+
+@needs_native
+@pytest.mark.parametrize("mean", [10_000, 1_000_000])
+def test_statistics_do_not_cancel(mean):
+    """A mean thousands of times the deviation: the difference of two sums would leave nothing."""
+    x = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)) + mean
     var, _ = group_statistics(x, 32)
     torch.testing.assert_close(var, group_statistics_reference(x.double(), 32, 1, 1)[0].float(), rtol=1e-5, atol=0)
+
+
+@needs_native
+def test_a_large_mean_is_taken_off_first():
+    x = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)) + 10_000
     weight, bias = torch.ones(32), torch.zeros(32)
     exact = group_norm_reference(x.double(), weight, bias, 32, 1e-6, False, False)
     # float32 has steps of 1e-3 at 10,000; the mean is rounded to one.
@@ -238,6 +267,8 @@ def test_opcheck(dtype):
         var, mean = ops.group_statistics(x, 4, 1, 1)
         torch.library.opcheck(ops.group_norm_backward.default, (x, weight, bias, grad, var, mean, 4, 1e-5, True, True))
         torch.library.opcheck(ops.group_statistics.default, (x, 4, 1, 1))
+        figures = [mean.repeat(1, 1, 3, 5), var.repeat(1, 1, 3, 5), var.flatten(1)]
+        torch.library.opcheck(ops.tile_norm.default, (x, *figures, weight, bias, 1e-5, True))
 
 
 def test_compile_fullgraph():
@@ -269,6 +300,7 @@ def test_autocast_leaves_the_type_alone():
     (lambda: group_norm(torch.zeros(1, 3, 2, 2), torch.ones(3), torch.ones(1), 1, 1e-5), r"bias .* got \(1,\)"),
     (lambda: group_norm(torch.zeros(1, 6, 2, 2), torch.ones(6), torch.ones(6), 4, 1e-5), "6 channels .* 4 groups"),
     (lambda: group_statistics(torch.zeros(1, 6, 5, 4), 2, (2, 2)), "5 x 4 pixels .* 2 x 2 tiles"),
+    (lambda: tile_norm(torch.zeros(1, 6, 4, 4), *[torch.ones(1, 2, 2, 2)] * 3, *[torch.ones(6)] * 2, 1e-5), "floor"),
 ])  # fmt: skip
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):

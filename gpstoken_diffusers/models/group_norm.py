@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.norm import group_norm, group_statistics
-from ..ops.norm_reference import normalise_reference
+from ..ops.group_norm import group_norm, group_statistics, tile_norm
 
 # The lowest value that the enlarged standard deviation may take, as a share of the smallest one among an image's
 # tiles. See `tile_group_norm`.
@@ -15,7 +13,7 @@ STD_FLOOR = 0.5
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` by [`ops.norm.group_norm`], with SiLU behind it if asked for; (B, C, H, W) -> (B, C, H, W)."""
+    """`nn.GroupNorm` by our operator, with SiLU behind it if asked for; (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu=silu)
@@ -56,12 +54,9 @@ def tile_group_norm(
         return group_norm(x, weight, bias, num_groups, eps, eps_on_std=True, silu=silu)
     var, mean = group_statistics(x, num_groups, tile_grid)
     std = var.sqrt()
-    lowest = std.amin(dim=(2, 3), keepdim=True)
-    mean = F.interpolate(mean, size=x.shape[-2:], mode="bicubic", align_corners=False)
-    std = F.interpolate(std, size=x.shape[-2:], mode="bicubic", align_corners=False)
-    if std_floor is not None:
-        std = torch.maximum(std, std_floor * lowest)
-    return normalise_reference(x, mean, 1 / (std + eps), weight, bias, silu)
+    lowest = std.amin(dim=(2, 3))
+    floor = torch.full_like(lowest, -torch.inf) if std_floor is None else std_floor * lowest
+    return tile_norm(x, mean, std, floor, weight, bias, eps, silu=silu)
 
 
 class TileGroupNorm(nn.Module):

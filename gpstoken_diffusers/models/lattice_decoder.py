@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.norm import pixel_norm
+from ..ops.pixel_norm import pixel_norm
 from ..ops.splat import splat_gaussians
 from ..tokens import CENTER, RHO, SIGMA
 from .attention import FeedForward, autocast_disabled

@@ -49,6 +49,7 @@ _SIGNATURES: dict[str, dict[str, list[type]]] = {
         "gpstoken_pixel_norm_backward_cpu": [_POINTER] * 7 + _PIXEL_NORM,
         "gpstoken_group_statistics_cpu": [_POINTER] * 3 + [_SIZE] * 7 + [_INT] * 2,
         "gpstoken_group_norm_cpu": [_POINTER] * 6 + _GROUP_NORM,
+        "gpstoken_tile_norm_cpu": [_POINTER] * 9 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 3,
         "gpstoken_group_norm_backward_cpu": [_POINTER] * 10 + _GROUP_NORM,
     },
     "cuda": {

@@ -19,6 +19,7 @@ __all__ = [
     "normalise_reference",
     "pixel_norm_backward_reference",
     "pixel_norm_reference",
+    "tile_norm_reference",
 ]
 
 
@@ -89,6 +90,23 @@ def group_norm_backward_reference(
     """Gradients of sum(result * grad_out): of x, weight and bias, in their dtypes."""
     var, mean = (figure[..., None] for figure in group_statistics_reference(x, num_groups, 1, 1))
     return _backward(x, weight, bias, grad_out, mean, *inverse_std(var, eps, eps_on_std), num_groups, (2, 3, 4), silu)
+
+
+def tile_norm_reference(
+    x: Tensor, mean: Tensor, std: Tensor, floor: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    """activate((x - mean) / (max(std, floor) + eps) * weight + bias) with figures that vary smoothly over the map.
+
+    Args:
+        x: (B, C, H, W).
+        mean, std: (B, G, rows, cols), one figure for each tile, enlarged bicubically to the map's size.
+        floor: (B, G), the least that the enlarged std may be.
+        weight, bias: (C,).
+    """
+    size = x.shape[-2:]
+    mean, std = (F.interpolate(figure, size=size, mode="bicubic", align_corners=False) for figure in (mean, std))
+    std = torch.maximum(std, floor[..., None, None])
+    return normalise_reference(x, mean, 1 / (std + eps), weight, bias, silu)
 
 
 def inverse_std(var: Tensor, eps: float, eps_on_std: bool) -> tuple[Tensor, Tensor]:

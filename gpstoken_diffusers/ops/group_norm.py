@@ -1,45 +1,27 @@
-"""`pixel_norm`, `group_norm` and `group_statistics`: normalisation of maps with SiLU behind it, native on the CPU.
+"""`group_norm` and `tile_norm`: normalisation over groups of channels with SiLU behind it, native on the CPU.
 
 Registered as operators of the same names with fake kernels and autograd, so that `torch.compile(fullgraph=True)` takes
-them. One pass over memory does what torch does in four; torch's own group norm for channels-last maps on the CPU also
-subtracts two large sums, and is off by 5e-5 of the largest value at 256 x 256, which is more than a released
-checkpoint's geometry bears. `ops/norm_reference.py` defines the results and runs wherever no native library does.
-
-The native versions work on channels-last memory, which is what convolutions on the CPU are fastest on, and give it.
+them. torch's own group norm for channels-last maps on the CPU subtracts two large sums, and is off by 5e-5 of the
+largest value at 256 x 256, which is more than a released checkpoint's geometry bears. `ops/norm_reference.py` defines
+the results and runs wherever no native library does. The native versions work on channels-last memory and give it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.maps import call_native, channels_last, check_map, native_serves
 from gpstoken_diffusers.ops.norm_reference import (
     group_norm_backward_reference,
     group_norm_reference,
     group_statistics_reference,
     inverse_std,
-    pixel_norm_backward_reference,
-    pixel_norm_reference,
+    tile_norm_reference,
 )
 
-__all__ = ["group_norm", "group_statistics", "pixel_norm"]
-
-
-def pixel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
-    """Layer normalisation over the channels of each pixel by itself, then SiLU if asked for.
-
-    Args:
-        x: (B, C, H, W), floating point.
-        weight, bias: (C,).
-        eps: added to the variance.
-
-    Returns: (B, C, H, W) in the dtype of `x`; statistics are float32.
-
-    Raises ValueError: shapes that do not fit together.
-    """
-    _check("pixel_norm", x, weight, bias)
-    return torch.ops.gpstoken.pixel_norm(x, weight, bias, eps, silu)
+__all__ = ["group_norm", "group_statistics", "tile_norm"]
 
 
 def group_norm(
@@ -64,7 +46,7 @@ def group_norm(
 
     Raises ValueError: shapes that do not fit together.
     """
-    _check("group_norm", x, weight, bias, num_groups)
+    check_map("group_norm", x, weight, bias, num_groups)
     return torch.ops.gpstoken.group_norm(x, weight, bias, num_groups, eps, eps_on_std, silu)[0]
 
 
@@ -78,115 +60,60 @@ def group_statistics(x: Tensor, num_groups: int, tile_grid: tuple[int, int] = (1
 
     Differentiable, then by the plain definition. Raises ValueError: shapes that do not fit together.
     """
-    _check("group_statistics", x, None, None, num_groups, tile_grid)
+    check_map("group_statistics", x, None, None, num_groups, tile_grid)
     if torch.is_grad_enabled() and x.requires_grad:
         return group_statistics_reference(x, num_groups, *tile_grid)
     return torch.ops.gpstoken.group_statistics(x, num_groups, *tile_grid)
 
 
-def _check(
-    op: str,
+def tile_norm(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_groups: int = 1,
-    tile_grid: tuple[int, int] = (1, 1),
-) -> None:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"{op}: expected a floating-point map (B, C, H, W), got {x.dtype} {tuple(x.shape)}.")
-    channels, (height, width), (rows, cols) = x.shape[1], x.shape[2:], tile_grid
-    for name, values in (("weight", weight), ("bias", bias)):
-        if values is not None and values.shape != (channels,):
-            raise ValueError(f"{op}: {name} must have the shape ({channels},), got {tuple(values.shape)}.")
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"{op}: {channels} channels do not divide into {num_groups} groups.")
-    if min(tile_grid) < 1 or height % rows or width % cols:
-        raise ValueError(f"{op}: {height} x {width} pixels do not divide into {rows} x {cols} tiles.")
+    mean: Tensor,
+    std: Tensor,
+    floor: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    silu: bool = False,
+) -> Tensor:
+    """Normalisation by figures that vary smoothly from tile to tile, then SiLU if asked for.
+
+    Args:
+        x: (B, C, H, W), floating point.
+        mean, std: (B, G, rows, cols) float32, one figure for each tile; enlarged bicubically to the size of `x`.
+        floor: (B, G) float32, the least that the enlarged std may be.
+        weight, bias: (C,).
+        eps: added to the std.
+
+    Returns: (B, C, H, W) in the dtype of `x`. Differentiable, then by the plain definition.
+
+    Raises ValueError: shapes that do not fit together.
+    """
+    check_map("tile_norm", x, weight, bias, mean.shape[1])
+    if mean.shape != std.shape or floor.shape != mean.shape[:2] or len(mean) != len(x):
+        shapes = [tuple(figure.shape) for figure in (mean, std, floor)]
+        raise ValueError(f"tile_norm: mean and std must be (B, G, rows, cols) and floor (B, G), got {shapes}.")
+    inputs = (x, mean, std, floor, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return tile_norm_reference(*inputs, eps, silu)
+    return torch.ops.gpstoken.tile_norm(*inputs, eps, silu)
 
 
 # Registered at the dispatcher itself, as in splat.py.
-_PIXEL_NORM, _PIXEL_NORM_BACKWARD = "gpstoken::pixel_norm", "gpstoken::pixel_norm_backward"
 _GROUP_NORM, _GROUP_NORM_BACKWARD = "gpstoken::group_norm", "gpstoken::group_norm_backward"
-_GROUP_STATISTICS = "gpstoken::group_statistics"
+_GROUP_STATISTICS, _TILE_NORM = "gpstoken::group_statistics", "gpstoken::tile_norm"
 for _name, _schema in {
-    _PIXEL_NORM: "(Tensor x, Tensor weight, Tensor bias, float eps, bool silu) -> Tensor",
-    _PIXEL_NORM_BACKWARD: "(Tensor x, Tensor weight, Tensor bias, Tensor grad_out, float eps, bool silu) "
-    "-> (Tensor, Tensor, Tensor)",
     # The map, then the variance and the mean (B, G, 1, 1) that the backward pass needs.
     _GROUP_NORM: "(Tensor x, Tensor weight, Tensor bias, SymInt num_groups, float eps, bool eps_on_std, bool silu) "
     "-> (Tensor, Tensor, Tensor)",
     _GROUP_NORM_BACKWARD: "(Tensor x, Tensor weight, Tensor bias, Tensor grad_out, Tensor var, Tensor mean, "
     "SymInt num_groups, float eps, bool eps_on_std, bool silu) -> (Tensor, Tensor, Tensor)",
+    _TILE_NORM: "(Tensor x, Tensor mean, Tensor std, Tensor floor, Tensor weight, Tensor bias, float eps, bool silu) "
+    "-> Tensor",
     _GROUP_STATISTICS: "(Tensor x, SymInt num_groups, SymInt rows, SymInt cols) -> (Tensor, Tensor)",
 }.items():
     torch.library.define(_name, _schema, tags=torch.Tag.pt2_compliant_tag)
-
-
-# ---- over the channels of a pixel ----
-
-
-@torch.library.impl(_PIXEL_NORM, "default")
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    return _channels_last(pixel_norm_reference(x, weight, bias, eps, silu))
-
-
-@torch.library.impl(_PIXEL_NORM, "cpu")
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    if not _native_serves("pixel_norm", x):
-        return _channels_last(pixel_norm_reference(x, weight, bias, eps, silu))
-    x, weight, bias = _channels_last(x), weight.float().contiguous(), bias.float().contiguous()
-    out = torch.empty_like(x)
-    _call("gpstoken_pixel_norm_cpu", [x, weight, bias, out], [_pixels(x), x.shape[1], eps, silu], x)
-    return out
-
-
-@torch.library.register_fake(_PIXEL_NORM)
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-@torch.library.impl(_PIXEL_NORM_BACKWARD, "default")
-def _(x: Tensor, weight: Tensor, bias: Tensor, grad_out: Tensor, eps: float, silu: bool):
-    return _plain_pixel_norm_backward(x, weight, bias, grad_out, eps, silu)
-
-
-@torch.library.impl(_PIXEL_NORM_BACKWARD, "cpu")
-def _(x: Tensor, weight: Tensor, bias: Tensor, grad_out: Tensor, eps: float, silu: bool):
-    if not _native_serves("pixel_norm", x):
-        return _plain_pixel_norm_backward(x, weight, bias, grad_out, eps, silu)
-    x, grad_out = _channels_last(x), _channels_last(grad_out.to(x.dtype))
-    plain = [weight.float().contiguous(), bias.float().contiguous()]
-    grad_x, grads = torch.empty_like(x), [torch.empty_like(values) for values in plain]
-    tensors = [x, *plain, grad_out, grad_x, *grads]
-    _call("gpstoken_pixel_norm_backward_cpu", tensors, [_pixels(x), x.shape[1], eps, silu], x)
-    return grad_x, grads[0].to(weight.dtype), grads[1].to(bias.dtype)
-
-
-@torch.library.register_fake(_PIXEL_NORM_BACKWARD)
-def _(x: Tensor, weight: Tensor, bias: Tensor, grad_out: Tensor, eps: float, silu: bool):
-    return (
-        torch.empty_like(x, memory_format=torch.channels_last),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-    )
-
-
-def _pixel_norm_setup(ctx, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, ctx.eps, ctx.silu = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _pixel_norm_autograd(ctx, grad_out: Tensor) -> tuple:
-    gradients = torch.ops.gpstoken.pixel_norm_backward(*ctx.saved_tensors, grad_out, ctx.eps, ctx.silu)
-    return *gradients, None, None
-
-
-def _plain_pixel_norm_backward(x, weight, bias, grad_out, eps: float, silu: bool):
-    grad_x, *others = pixel_norm_backward_reference(x, weight, bias, grad_out, eps, silu)
-    return _channels_last(grad_x), *others
-
-
-torch.library.register_autograd(_PIXEL_NORM, _pixel_norm_autograd, setup_context=_pixel_norm_setup)
 
 
 # ---- over groups of channels ----
@@ -199,13 +126,13 @@ def _(x: Tensor, num_groups: int, rows: int, cols: int) -> tuple[Tensor, Tensor]
 
 @torch.library.impl(_GROUP_STATISTICS, "cpu")
 def _(x: Tensor, num_groups: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    if not _native_serves("group_norm", x):
+    if not native_serves("group_norm", x):
         return group_statistics_reference(x, num_groups, rows, cols)
-    x = _channels_last(x)
+    x = channels_last(x)
     batch_size, channels, height, width = x.shape
     var, mean = x.new_empty((2, batch_size, num_groups, rows, cols), dtype=torch.float32)
     sizes = [batch_size, height, width, channels, num_groups, rows, cols]
-    _call("gpstoken_group_statistics_cpu", [x, mean, var], sizes, x)
+    call_native("gpstoken_group_statistics_cpu", [x, mean, var], sizes, x)
     return var.clone(), mean.clone()
 
 
@@ -222,14 +149,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, eps_
 
 @torch.library.impl(_GROUP_NORM, "cpu")
 def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
-    if not _native_serves("group_norm", x):
+    if not native_serves("group_norm", x):
         return _plain_group_norm(x, weight, bias, num_groups, eps, eps_on_std, silu)
-    x = _channels_last(x)
+    x = channels_last(x)
     var, mean = torch.ops.gpstoken.group_statistics(x, num_groups, 1, 1)
     inverse, _ = inverse_std(var, eps, eps_on_std)
     out = torch.empty_like(x)
     tensors = [x, mean, inverse, weight.float().contiguous(), bias.float().contiguous(), out]
-    _call("gpstoken_group_norm_cpu", tensors, [*_group_sizes(x, num_groups), silu], x)
+    call_native("gpstoken_group_norm_cpu", tensors, [*_group_sizes(x, num_groups), silu], x)
     return out, var, mean
 
 
@@ -247,14 +174,14 @@ def _(x, weight, bias, grad_out, var, mean, num_groups: int, eps: float, eps_on_
 
 @torch.library.impl(_GROUP_NORM_BACKWARD, "cpu")
 def _(x, weight, bias, grad_out, var, mean, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
-    if not _native_serves("group_norm", x):
+    if not native_serves("group_norm", x):
         return _plain_group_norm_backward(x, weight, bias, grad_out, num_groups, eps, eps_on_std, silu)
-    x, grad_out = _channels_last(x), _channels_last(grad_out.to(x.dtype))
+    x, grad_out = channels_last(x), channels_last(grad_out.to(x.dtype))
     plain = [weight.float().contiguous(), bias.float().contiguous()]
     grad_x, grads = torch.empty_like(x), [torch.empty_like(values) for values in plain]
     figures = [mean.contiguous(), *inverse_std(var.contiguous(), eps, eps_on_std)]
     tensors = [x, *figures, *plain, grad_out, grad_x, *grads]
-    _call("gpstoken_group_norm_backward_cpu", tensors, [*_group_sizes(x, num_groups), silu], x)
+    call_native("gpstoken_group_norm_backward_cpu", tensors, [*_group_sizes(x, num_groups), silu], x)
     return grad_x, grads[0].to(weight.dtype), grads[1].to(bias.dtype)
 
 
@@ -286,23 +213,60 @@ torch.library.register_autograd(_GROUP_NORM, _group_norm_autograd, setup_context
 def _plain_group_norm(x, weight, bias, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
     var, mean = group_statistics_reference(x, num_groups, 1, 1)
     out = group_norm_reference(x, weight, bias, num_groups, eps, eps_on_std, silu)
-    return _channels_last(out), var, mean
+    return channels_last(out), var, mean
 
 
 def _plain_group_norm_backward(x, weight, bias, grad_out, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
     grad_x, *others = group_norm_backward_reference(x, weight, bias, grad_out, num_groups, eps, eps_on_std, silu)
-    return _channels_last(grad_x), *others
+    return channels_last(grad_x), *others
 
 
-# ---- shared ----
+# ---- between tiles ----
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+@torch.library.impl(_TILE_NORM, "default")
+def _(x, mean, std, floor, weight, bias, eps: float, silu: bool) -> Tensor:
+    return channels_last(tile_norm_reference(x, mean, std, floor, weight, bias, eps, silu))
 
 
-def _pixels(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
+@torch.library.impl(_TILE_NORM, "cpu")
+def _(x, mean, std, floor, weight, bias, eps: float, silu: bool) -> Tensor:
+    if not native_serves("group_norm", x):
+        return channels_last(tile_norm_reference(x, mean, std, floor, weight, bias, eps, silu))
+    x = channels_last(x)
+    sizes, cols = _group_sizes(x, mean.shape[1]), mean.shape[3]
+    # The enlargement is separable. Down the columns by torch, which leaves few numbers: (B, H, cols, G).
+    tall = [
+        F.interpolate(figure.float(), size=(x.shape[2], cols), mode="bicubic", align_corners=False)
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        for figure in (mean, std)
+    ]
+    tiles, shares = _bicubic_taps(cols, x.shape[3])
+    out = torch.empty_like(x)
+    plain = [floor.float().contiguous(), tiles, shares, weight.float().contiguous(), bias.float().contiguous()]
+    call_native("gpstoken_tile_norm_cpu", [x, *tall, *plain, out], [*sizes, cols, eps, silu], x)
+    return out
+
+
+@torch.library.register_fake(_TILE_NORM)
+def _(x, mean, std, floor, weight, bias, eps: float, silu: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _bicubic_taps(samples: int, size: int) -> tuple[Tensor, Tensor]:
+    """Which four of `samples` count for each of `size` places of an enlargement, and how much: two (size, 4).
+
+    As in torch: half-pixel centres, the ends repeated, Keys' kernel with a = -0.75.
+    """
+    place = (torch.arange(size, dtype=torch.float64) + 0.5) * samples / size - 0.5
+    first = place.floor()
+    distance = (place - first)[:, None] - torch.arange(-1, 3)  # to the four samples around it
+    a, d = -0.75, distance.abs()
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    tiles = (first[:, None].int() + torch.arange(-1, 3, dtype=torch.int32)).clamp(0, samples - 1)
+    return tiles.contiguous(), torch.where(d <= 1, near, far).float().contiguous()
 
 
 def _group_sizes(x: Tensor, num_groups: int) -> list[int]:
@@ -312,18 +276,3 @@ def _group_sizes(x: Tensor, num_groups: int) -> list[int]:
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _native_serves(op: str, x: Tensor) -> bool:
-    """Whether the native library takes this call; says so once if it only fails to be there."""
-    if native.dtype_code(x.dtype) is None or x.numel() == 0:
-        return False
-    if native.library("cpu") is None:
-        native.announce_fallback(op, "cpu")
-        return False
-    return True
-
-
-def _call(function: str, tensors: list[Tensor], settings: list[int | float | bool], x: Tensor) -> None:
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    native.call("cpu", function, *pointers, *settings, native.dtype_code(x.dtype), torch.get_num_threads())
