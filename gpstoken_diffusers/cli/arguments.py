@@ -14,11 +14,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENCODINGS = ("float32", "float16", "uint8", "uint6", "uint4")  # of token_files, which would import PyTorch too
 
 _ENCODE = """\
+Of a folder, every picture x.jpg becomes OUT/x.jpg.safetensors. Files appear whole or not at all, so a run that
+was cut off goes on where it stopped. A picture that cannot be read is reported and left out; the exit code is
+then 1. Several processes, GPUs or machines share the work under `accelerate launch`.
+
 examples:
   gpstoken encode photo.jpg -o photo.safetensors
   gpstoken encode photo.jpg -o photo.safetensors --num-tokens 128
   gpstoken encode photo.jpg -o photo.safetensors --encoding uint8
   gpstoken encode photo.jpg -o photo.safetensors --importance face.png --importance-strength 4
+  gpstoken encode photos/ -o tokens/ --recursive --encoding uint8
+  accelerate launch --multi_gpu -m gpstoken_diffusers encode photos/ -o tokens/
 """
 _DECODE = """\
 examples:
@@ -98,9 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     _num_tokens(demo)
     _model_options(demo)
 
-    encode = _command(commands, "encode", "commands", "picture -> tokens", _ENCODE)
-    encode.add_argument("image", metavar="IMAGE", type=Path, help="the picture")
-    _output(encode, "tokens file to write (.safetensors)")
+    encode = _command(commands, "encode", "commands", "a picture or a folder of pictures -> tokens", _ENCODE)
+    encode.add_argument("image", metavar="PATH", type=Path, help="a picture, or a folder of pictures")
+    _output(encode, "tokens file to write (.safetensors), or a folder for those of a folder")
     _num_tokens(encode)
     encode.add_argument(
         "--encoding",
@@ -120,6 +126,22 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         help="at 1 (default) a white pixel of the mask adds as much as an average pixel's detail",
+    )
+    folder = encode.add_argument_group("for a folder")
+    folder.add_argument("--recursive", action="store_true", help="also the pictures in folders below it")
+    folder.add_argument("--overwrite", action="store_true", help="do all again, also what is done already")
+    folder.add_argument(
+        "--batch-size",
+        metavar="B",
+        type=int,
+        default=8,
+        help="pictures of one size that the networks take at once (default: 8); larger for a large GPU",
+    )
+    folder.add_argument(
+        "--num-workers",
+        metavar="K",
+        type=int,
+        help="processes that read and partition pictures meanwhile (default: half of the cores, at most 8)",
     )
     _model_options(encode)
 

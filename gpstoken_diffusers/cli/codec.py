@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import __version__
 from ..assets import MINI_PIPELINE
 from ..image_processor import GPSTokenImageProcessor
 from ..metrics import psnr, ssim
@@ -103,6 +104,10 @@ class Codec:
             raise ValueError(
                 f"--num-tokens {num_tokens}: a tile of {side} x {side} px gives 1 to {largest} tokens here."
             )
+
+    def metadata(self) -> dict[str, str]:
+        """What a tokens file says of who made it."""
+        return {"model": self.name, "software": f"gpstoken_diffusers {__version__}"}
 
     def weights_checksum(self) -> str:
         """Eight hexadecimal digits that change with any weight and its precision."""

@@ -7,12 +7,12 @@ import logging
 
 from PIL import Image
 
-from .. import __version__
 from ..assets import DEMO_PHOTOGRAPH
 from ..tokens import GPSTokens
 from ..visualization import panel as side_by_side
 from ..visualization import visualize_gaussians
 from .codec import Codec, Encoded, load_codec, quality, quality_text
+from .encode_folder import encode_folder
 from .files import check_picture_suffix, prepare_file, prepare_folder, write_picture
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def demo(args: argparse.Namespace) -> int:
     }
     for name, image in pictures.items():
         write_picture(image, args.output / name)
-    encoded.tokens.save(args.output / "tokens.safetensors", _metadata(codec))
+    encoded.tokens.save(args.output / "tokens.safetensors", codec.metadata())
     if not args.quiet:
         height, width = encoded.tokens.image_size
         print(f"picture    {width} x {height} px, {width * height * 3:,} bytes of pixels")
@@ -48,13 +48,15 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def encode(args: argparse.Namespace) -> int:
-    """A picture to a tokens file."""
+    """A picture to a tokens file, or the pictures of a folder to one each."""
+    if args.image.is_dir():
+        return encode_folder(args)
     if args.output.suffix.lower() != ".safetensors":
         raise ValueError(f"the output {args.output} must end in .safetensors: tokens are stored in that format.")
     prepare_file(args.output, args.image)
     codec = load_codec(args)
     encoded = codec.encode(args.image, args.num_tokens, args.importance, args.importance_strength)
-    encoded.tokens.save(args.output, _metadata(codec), dtype=args.encoding)
+    encoded.tokens.save(args.output, codec.metadata(), dtype=args.encoding)
     if not args.quiet:
         stored = f"; stored as {args.encoding} in {args.output.stat().st_size:,} bytes" if args.encoding else ""
         print(f"{args.output}: {_sizes(encoded.tokens)}{stored}")
@@ -137,7 +139,3 @@ def _sizes(tokens: GPSTokens) -> str:
     tiles = tokens.tile_grid[0] * tokens.tile_grid[1]
     split = f" ({tiles} tiles of {tokens.tokens_per_tile})" if tiles > 1 else ""
     return f"{tokens.num_tokens:,} tokens{split}, {tokens.num_floats:,} numbers, {tokens.num_bytes:,} bytes"
-
-
-def _metadata(codec: Codec) -> dict[str, str]:
-    return {"model": codec.name, "software": f"gpstoken_diffusers {__version__}"}

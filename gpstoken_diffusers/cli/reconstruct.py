@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -25,35 +24,34 @@ from ..image_processor import IMAGE_SUFFIXES
 from ..safe_files import write_atomically
 from .codec import Codec, load_codec, quality, quality_text
 from .files import prepare_folder, write_picture
+from .folders import Record, find_pictures, model_settings, picture_state, settings_difference
 
 RECORD = "gpstoken"  # name of the text chunk
 COLUMNS = ("file", "width", "height", "tokens", "floats", "psnr", "ssim", "seconds")
 AVERAGED = COLUMNS[3:]
-
-Record = dict[str, Any]
 
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Reconstruct a picture or all pictures of a folder. Returns 1 if any of them failed."""
     if args.output.suffix.lower() in IMAGE_SUFFIXES and not args.output.is_dir():
         raise ValueError(f"the output {args.output} must be a folder: the picture and its metrics are written there.")
-    sources = _sources(args.path, args.output, args.recursive)
+    sources = find_pictures(args.path, args.output, args.recursive)
     prepare_folder(args.output)
     codec = load_codec(args)
     codec.check_num_tokens(args.num_tokens)
-    settings = _settings(codec, args)
+    settings = model_settings(codec, args.num_tokens) | {"mode": args.mode or codec.model.config.decode_mode}
 
     known = _records_in(args.output)
     others = [record["settings"] for record in known.values() if record["settings"] != settings]
     if others and not args.overwrite:
         raise ValueError(
-            f"{args.output} holds pictures of other settings ({_difference(others[0], settings)}). "
+            f"{args.output} holds pictures of other settings ({settings_difference(others[0], settings)}). "
             "Choose another folder, or add --overwrite to do them again."
         )
     waiting = {
         name
         for name, source in sources.items()
-        if args.overwrite or name not in known or known[name]["source"] != _state(source)
+        if args.overwrite or name not in known or known[name]["source"] != picture_state(source)
     }
     records = {
         name: record["metrics"]
@@ -71,7 +69,7 @@ def reconstruct(args: argparse.Namespace) -> int:
                     failures[name] = str(error) or type(error).__name__
                     bar.write(f"gpstoken: error: {name}: {failures[name]}", file=sys.stderr)
                     continue
-                record = {"source": _state(sources[name]), "settings": settings, "metrics": metrics}
+                record = {"source": picture_state(sources[name]), "settings": settings, "metrics": metrics}
                 target = args.output / f"{name}.png"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_picture(picture, target, {RECORD: json.dumps(record)})
@@ -87,50 +85,6 @@ def reconstruct(args: argparse.Namespace) -> int:
         if records:
             print(f"mean: {quality_text(means)}   {means['tokens']:g} tokens   {means['seconds']:.2f} s")
     return 1 if failures else 0
-
-
-def _sources(path: Path, output: Path, recursive: bool) -> dict[str, Path]:
-    """What to reconstruct, by its name within the folder `path` (with forward slashes), sorted."""
-    if path.is_file():
-        return {path.name: path}
-    if not path.is_dir():
-        raise FileNotFoundError(f"no picture or folder at {path}.")
-    skipped = output.resolve()
-    if skipped == path.resolve():
-        raise ValueError(f"the output folder {output} is the input folder itself. Choose another one.")
-    sources = {}
-    for file in sorted(path.rglob("*") if recursive else path.iterdir()):
-        name = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
-            continue
-        if skipped not in file.resolve().parents:  # results of an earlier run, where OUT lies below PATH
-            sources[name.as_posix()] = file
-    if not sources:
-        hint = "" if recursive else " (folders below it are searched with --recursive)"
-        raise ValueError(f"no pictures in {path}{hint}. Known suffixes: {', '.join(IMAGE_SUFFIXES)}.")
-    return sources
-
-
-def _settings(codec: Codec, args: argparse.Namespace) -> Record:
-    """All that the results depend on, beside the picture."""
-    return {
-        "model": codec.name,
-        "weights": codec.weights_checksum(),
-        "dtype": str(codec.model.dtype).removeprefix("torch."),
-        "num_tokens": args.num_tokens or codec.processor.num_tokens,
-        "mode": args.mode or codec.model.config.decode_mode,
-    }
-
-
-def _difference(old: Record, new: Record) -> str:
-    return ", ".join(f"{name} {old.get(name)} there, {new[name]} now" for name in new if old.get(name) != new[name])
-
-
-def _state(source: Path) -> Record:
-    """Tells whether a picture has changed since it was reconstructed."""
-    status = source.stat()
-    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
 def _records_in(output: Path) -> dict[str, Record]:
