@@ -1,0 +1,138 @@
+"""What work is done, counted instead of timed: calls of operators, of kernels, of networks, and breaks of graphs.
+
+The numbers are those of today. A change that lowers one may lower it here; one that raises it should say why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from model_zoo import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenPipeline
+from gpstoken_diffusers.assets import MINI, MINI_PIPELINE
+from gpstoken_diffusers.ops import native
+
+needs_native = pytest.mark.skipif(native.library("cpu") is None, reason=native.why_missing("cpu") or "none")
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name, and the bytes of large tensors that were copied to another type or place."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.copied = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        self.calls[name] += 1
+        if name in ("aten::_to_copy", "aten::clone", "aten::copy_", "aten::contiguous"):
+            self.copied += result.nbytes
+        return result
+
+
+@pytest.fixture(scope="module")
+def mini() -> AutoencoderGPSToken:
+    return AutoencoderGPSToken.from_pretrained(MINI, dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture
+def native_calls(monkeypatch) -> Counter[str]:
+    """Calls of the native library by function."""
+    calls: Counter[str] = Counter()
+    call = native.call
+
+    def counted(kind: str, function: str, *arguments: object) -> None:
+        calls[function] += 1
+        call(kind, function, *arguments)
+
+    monkeypatch.setattr(native, "call", counted)
+    return calls
+
+
+@torch.no_grad()
+def counted(function, *args) -> Operators:
+    with Operators() as operators:
+        function(*args)
+    return operators
+
+
+@needs_native
+def test_nothing_is_done_picture_by_picture(mini, native_calls):
+    """A batch takes as many calls as one picture: there is no loop over it."""
+    found = []
+    for batch_size in (1, 4):
+        native_calls.clear()
+        tokens = mini.encode(torch.rand(batch_size, 3, 256, 256)).tokens
+        encoding = counted(mini.encode, torch.rand(batch_size, 3, 256, 256)).calls
+        found.append((encoding, counted(mini.decode, tokens).calls, Counter(native_calls)))
+    assert found[0] == found[1]
+
+
+@needs_native
+def test_calls_of_one_reconstruction(mini, native_calls):
+    encoding = counted(mini.encode, torch.rand(1, 3, 256, 256))
+    tokens = mini.encode(torch.rand(1, 3, 256, 256)).tokens
+    native_calls.clear()
+    decoding = counted(mini.decode, tokens)
+    assert encoding.calls["aten::convolution"] == 5 and decoding.calls["aten::convolution"] == 17
+    assert encoding.calls["torchvision::roi_align"] == 1 and encoding.calls["gpstoken::partition_image"] <= 1
+    # Norms of maps and the SiLU behind them are one kernel each; none is left to torch.
+    assert encoding.calls["gpstoken::group_norm"] == 4 and native_calls["gpstoken_pixel_norm_cpu"] == 16
+    for operators in (encoding, decoding):
+        assert not any(name in operators.calls for name in ("aten::silu", "aten::var_mean", "aten::native_group_norm"))
+    assert native_calls["gpstoken_splat_forward_cpu"] == 1
+    # Small ones beside the networks: an eager call takes microseconds, which a GPU would wait for.
+    assert sum(encoding.calls.values()) <= 400 and sum(decoding.calls.values()) <= 135
+
+
+@needs_native
+def test_no_weights_are_copied(mini):
+    """Copies are of the picture, of regions and of the painted map; the weights would be 11 MB."""
+    pixels = torch.rand(1, 3, 256, 256)
+    tokens = mini.encode(pixels).tokens
+    assert counted(mini.encode, pixels).copied < 4e6
+    assert counted(mini.decode, tokens).copied < 1e6
+
+
+def test_calls_of_the_network_while_sampling():
+    """One call a step with both branches in it, and half the rows where guidance is off."""
+    pipe = GPSTokenPipeline.from_pretrained(MINI_PIPELINE)
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    layout = pipe.generate_layout("Food", num_inference_steps=2)
+    for settings, expected in (
+        ({"guidance_scale": 3.0}, [2] * 8),
+        ({"guidance_scale": 1.0}, [1] * 8),
+        ({"guidance_scale": 3.0, "guidance_interval": (0.4, 1.0)}, None),
+    ):
+        rows.clear()
+        pipe("Food", layout=layout, num_inference_steps=8, output_type="tokens", **settings)
+        assert len(rows) == 8
+        if expected is None:
+            assert rows == sorted(rows) and set(rows) == {1, 2}
+        else:
+            assert rows == expected
+
+
+@pytest.mark.parametrize("kind", ["lattice", "map"])
+def test_graphs_do_not_break(kind):
+    model = tiny_model(kind).eval()
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        output = model.encode(pixels)
+        features = model.stem(pixels)
+        regions = torch.tensor([[[0, 0, 15, 31], [16, 0, 31, 31]]], dtype=torch.int32)
+        geometry = output.initial_tokens.geometry[:, :2]
+        tokens = output.tokens
+        drawn = (model.render(tokens),) if kind == "map" else (tokens.geometry, tokens.texture, (8, 8))
+        parts = ((model.stem, (pixels,)), (model.refiner, (features, geometry, regions)), (model.decoder, drawn))
+        explained = [torch._dynamo.explain(part)(*inputs) for part, inputs in parts]
+    torch._dynamo.reset()
+    assert [(found.graph_break_count, found.graph_count) for found in explained] == [(0, 1)] * 3
