@@ -1,7 +1,7 @@
 // Which instruction set the CPU library uses, decided once at run time, and the names that go with each.
 //
 // A .cpp includes its *_cpu_kernel.h in up to three namespaces, avx512, avx2 and baseline, with GPSTOKEN_TARGET set to
-// what the functions of each may use, and calls those of best_isa().
+// what the functions of each may use (each_isa.h does so), and calls those of best_isa().
 #pragma once
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)

@@ -3,10 +3,10 @@
 // depend on the number of threads.
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 
 #include "cpu_buffer.h"
 #include "cpu_isa.h"
+#include "dtype_dispatch.h"
 #include "gpstoken_native.h"
 #include "half_types.h"
 #include "parallel.h"
@@ -16,29 +16,8 @@ namespace {
 
 // ---- one copy of the inner loops per instruction set ----
 
-#if defined(GPSTOKEN_X86_DISPATCH)
-namespace avx512 {
-#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX512
-#define GPSTOKEN_VECTOR_LANES 16
-#include "norm_cpu_kernel.h"
-#undef GPSTOKEN_TARGET
-#undef GPSTOKEN_VECTOR_LANES
-}  // namespace avx512
-namespace avx2 {
-#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX2
-#define GPSTOKEN_VECTOR_LANES 8
-#include "norm_cpu_kernel.h"
-#undef GPSTOKEN_TARGET
-#undef GPSTOKEN_VECTOR_LANES
-}  // namespace avx2
-#endif
-namespace baseline {
-#define GPSTOKEN_TARGET
-#define GPSTOKEN_VECTOR_LANES 4
-#include "norm_cpu_kernel.h"
-#undef GPSTOKEN_TARGET
-#undef GPSTOKEN_VECTOR_LANES
-}  // namespace baseline
+#define GPSTOKEN_KERNEL_FILE "norm_cpu_kernel.h"
+#include "each_isa.h"
 
 template <class T>
 struct Kernels {
@@ -311,22 +290,13 @@ void group_norm_backward(const T* x, const float* mean, const float* inverse_std
 
 // ---- the C interface ----
 
-// Checks what Python has checked already only as far as memory safety goes, and calls run(T{}) for the element type.
+// Checks what Python has checked already only as far as memory safety goes.
 template <class Run>
 int dispatch(const Sizes& s, int dtype, const Run& run) {
     if (s.B < 0 || s.H < 1 || s.W < 1 || s.C < 1 || s.G < 1 || s.C % s.G || s.rows < 1 || s.cols < 1 ||
         s.H % s.rows || s.W % s.cols)
         return GPSTOKEN_INVALID_ARGUMENT;
-    try {
-        switch (dtype) {
-            case GPSTOKEN_FLOAT32: run(float{}); return GPSTOKEN_OK;
-            case GPSTOKEN_FLOAT16: run(Float16{}); return GPSTOKEN_OK;
-            case GPSTOKEN_BFLOAT16: run(BFloat16{}); return GPSTOKEN_OK;
-            default: return GPSTOKEN_UNSUPPORTED_DTYPE;
-        }
-    } catch (const std::exception&) {  // bad_alloc, length_error
-        return GPSTOKEN_OUT_OF_MEMORY;
-    }
+    return run_for_dtype(dtype, run);
 }
 
 }  // namespace

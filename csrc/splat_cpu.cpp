@@ -4,10 +4,10 @@
 
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 
 #include "cpu_buffer.h"
 #include "cpu_isa.h"
+#include "dtype_dispatch.h"
 #include "gpstoken_native.h"
 #include "half_types.h"
 #include "parallel.h"
@@ -25,29 +25,8 @@ constexpr int kMaxLanes = 16;
 
 // ---- one copy of the inner loops per instruction set ----
 
-#if defined(GPSTOKEN_X86_DISPATCH)
-namespace avx512 {
-#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX512
-#define GPSTOKEN_VECTOR_LANES 16
-#include "splat_cpu_kernel.h"
-#undef GPSTOKEN_TARGET
-#undef GPSTOKEN_VECTOR_LANES
-}  // namespace avx512
-namespace avx2 {
-#define GPSTOKEN_TARGET GPSTOKEN_TARGET_AVX2
-#define GPSTOKEN_VECTOR_LANES 8
-#include "splat_cpu_kernel.h"
-#undef GPSTOKEN_TARGET
-#undef GPSTOKEN_VECTOR_LANES
-}  // namespace avx2
-#endif
-namespace baseline {
-#define GPSTOKEN_TARGET
-#define GPSTOKEN_VECTOR_LANES 4
-#include "splat_cpu_kernel.h"
-#undef GPSTOKEN_TARGET
-#undef GPSTOKEN_VECTOR_LANES
-}  // namespace baseline
+#define GPSTOKEN_KERNEL_FILE "splat_cpu_kernel.h"
+#include "each_isa.h"
 
 struct Kernels {
     int lanes;
@@ -238,21 +217,12 @@ void backward(const float* geometry, const T* texture, const T* grad_out, float*
 
 // ---- the C interface ----
 
-// Checks what Python has checked already only as far as memory safety goes, and calls run(T{}) for the element type.
+// Checks what Python has checked already only as far as memory safety goes.
 template <class Run>
 int dispatch(const Sizes& s, float support, int dtype, const Run& run) {
     if (s.B < 0 || s.N < 0 || s.C < 0 || s.H < 1 || s.W < 1 || s.H > INT32_MAX || s.W > INT32_MAX || !(support > 0.0f))
         return GPSTOKEN_INVALID_ARGUMENT;
-    try {
-        switch (dtype) {
-            case GPSTOKEN_FLOAT32: run(float{}); return GPSTOKEN_OK;
-            case GPSTOKEN_FLOAT16: run(Float16{}); return GPSTOKEN_OK;
-            case GPSTOKEN_BFLOAT16: run(BFloat16{}); return GPSTOKEN_OK;
-            default: return GPSTOKEN_UNSUPPORTED_DTYPE;
-        }
-    } catch (const std::exception&) {  // bad_alloc, length_error
-        return GPSTOKEN_OUT_OF_MEMORY;
-    }
+    return run_for_dtype(dtype, run);
 }
 
 }  // namespace
