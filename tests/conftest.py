@@ -13,6 +13,19 @@ torch.set_num_threads(1)
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
+@pytest.fixture
+def keep_attention_backend():
+    """diffusers' set_attention_backend changes the default of the whole process; this puts it back.
+
+    Left in place it changes the last bits of every model in the tests that follow.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    name, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(name)
+
+
 def golden(name: str) -> Path:
     """Path of a golden file; skips the test, saying so, where the reference data are not at hand."""
     path = GOLDEN / name

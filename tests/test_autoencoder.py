@@ -188,7 +188,7 @@ def test_networks_compile_without_graph_breaks(kind):
 
 
 @torch.no_grad()
-def test_attention_backends_can_be_chosen():
+def test_attention_backends_can_be_chosen(keep_attention_backend):
     model, images = tiny_model("map"), noise_images(1, 32, 32)
     expected = model(images).sample
     assert len(model.attn_processors) == 2

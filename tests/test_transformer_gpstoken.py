@@ -151,7 +151,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_attention_backends_agree():
+def test_attention_backends_agree(keep_attention_backend):
     model = tiny_transformer()
     with torch.no_grad():
         default = model(*inputs()).sample

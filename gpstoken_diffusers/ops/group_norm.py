@@ -47,6 +47,8 @@ def group_norm(
     Raises ValueError: shapes that do not fit together.
     """
     check_map("group_norm", x, weight, bias, num_groups)
+    if x.device.type != "cpu":  # plain operations, which torch.compile fuses there
+        return group_norm_reference(x, weight, bias, num_groups, eps, eps_on_std, silu)
     return torch.ops.gpstoken.group_norm(x, weight, bias, num_groups, eps, eps_on_std, silu)[0]
 
 
@@ -61,7 +63,7 @@ def group_statistics(x: Tensor, num_groups: int, tile_grid: tuple[int, int] = (1
     Differentiable, then by the plain definition. Raises ValueError: shapes that do not fit together.
     """
     check_map("group_statistics", x, None, None, num_groups, tile_grid)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
         return group_statistics_reference(x, num_groups, *tile_grid)
     return torch.ops.gpstoken.group_statistics(x, num_groups, *tile_grid)
 
@@ -95,7 +97,7 @@ def tile_norm(
         shapes = [tuple(figure.shape) for figure in (mean, std, floor)]
         raise ValueError(f"tile_norm: mean and std must be (B, G, rows, cols) and floor (B, G), got {shapes}.")
     inputs = (x, mean, std, floor, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    if x.device.type != "cpu" or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return tile_norm_reference(*inputs, eps, silu)
     return torch.ops.gpstoken.tile_norm(*inputs, eps, silu)
 
@@ -119,11 +121,6 @@ for _name, _schema in {
 # ---- over groups of channels ----
 
 
-@torch.library.impl(_GROUP_STATISTICS, "default")
-def _(x: Tensor, num_groups: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    return group_statistics_reference(x, num_groups, rows, cols)
-
-
 @torch.library.impl(_GROUP_STATISTICS, "cpu")
 def _(x: Tensor, num_groups: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     if not native_serves("group_norm", x):
@@ -140,11 +137,6 @@ def _(x: Tensor, num_groups: int, rows: int, cols: int) -> tuple[Tensor, Tensor]
 def _(x: Tensor, num_groups: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     shape, dtype = (x.shape[0], num_groups, rows, cols), _statistics_dtype(x)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
-@torch.library.impl(_GROUP_NORM, "default")
-def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
-    return _plain_group_norm(x, weight, bias, num_groups, eps, eps_on_std, silu)
 
 
 @torch.library.impl(_GROUP_NORM, "cpu")
@@ -165,11 +157,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, eps_
     shape, dtype = (x.shape[0], num_groups, 1, 1), _statistics_dtype(x)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     return out, x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
-@torch.library.impl(_GROUP_NORM_BACKWARD, "default")
-def _(x, weight, bias, grad_out, var, mean, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
-    return _plain_group_norm_backward(x, weight, bias, grad_out, num_groups, eps, eps_on_std, silu)
 
 
 @torch.library.impl(_GROUP_NORM_BACKWARD, "cpu")
@@ -222,11 +209,6 @@ def _plain_group_norm_backward(x, weight, bias, grad_out, num_groups: int, eps: 
 
 
 # ---- between tiles ----
-
-
-@torch.library.impl(_TILE_NORM, "default")
-def _(x, mean, std, floor, weight, bias, eps: float, silu: bool) -> Tensor:
-    return channels_last(tile_norm_reference(x, mean, std, floor, weight, bias, eps, silu))
 
 
 @torch.library.impl(_TILE_NORM, "cpu")

@@ -32,6 +32,8 @@ def pixel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool =
     Raises ValueError: shapes that do not fit together.
     """
     check_map("pixel_norm", x, weight, bias)
+    if x.device.type != "cpu":  # plain operations, which torch.compile fuses there
+        return pixel_norm_reference(x, weight, bias, eps, silu)
     return torch.ops.gpstoken.pixel_norm(x, weight, bias, eps, silu)
 
 
@@ -43,11 +45,6 @@ for _name, _schema in {
     "-> (Tensor, Tensor, Tensor)",
 }.items():
     torch.library.define(_name, _schema, tags=torch.Tag.pt2_compliant_tag)
-
-
-@torch.library.impl(_PIXEL_NORM, "default")
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    return channels_last(pixel_norm_reference(x, weight, bias, eps, silu))
 
 
 @torch.library.impl(_PIXEL_NORM, "cpu")
@@ -63,11 +60,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor
 @torch.library.register_fake(_PIXEL_NORM)
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-@torch.library.impl(_PIXEL_NORM_BACKWARD, "default")
-def _(x: Tensor, weight: Tensor, bias: Tensor, grad_out: Tensor, eps: float, silu: bool):
-    return _plain_pixel_norm_backward(x, weight, bias, grad_out, eps, silu)
 
 
 @torch.library.impl(_PIXEL_NORM_BACKWARD, "cpu")

@@ -1,5 +1,5 @@
-// A stand-in for CUDA's header of the same name: csrc/splat_cuda.cu, compiled as plain C++17, launches its kernels on
-// this machine's processor. One OS thread; every CUDA thread of a block is a fiber that runs until it meets a barrier
+// A stand-in for CUDA's header of the same name: csrc/*_cuda.cu, compiled as plain C++17, launch their kernels on this
+// machine's processor. One OS thread; every CUDA thread of a block is a fiber that runs until it meets a barrier
 // or a warp operation; which warp goes on, and in which order its lanes, a seed decides.
 //
 // What it checks that a GPU would not: all threads of a block meet the same __syncthreads, all lanes of a warp the
@@ -278,3 +278,5 @@ inline unsigned short __float2half_bits(float value) { return gpstoken::from_flo
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline int atomicAdd(int* target, int value) { return (*target += value) - value; }  // fibers switch at barriers only
