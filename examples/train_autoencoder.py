@@ -170,6 +170,7 @@ def build_objective(
             num_pictures=sum(map(len, sources)),
             num_skipped=len(state.skipped),
             per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+            steps=state.step,
             minutes=state.minutes,
             last_row=state.last_row,
         )

@@ -77,28 +77,25 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> int:
+def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> None:
     """Load a checkpoint into everything that was prepared.
 
     Args:
         output_dir: the run's folder.
         wanted: a checkpoint's folder, "latest" for the newest of the run (none yet is fine), or None for none.
 
-    Returns: after how many steps it was taken; 0 without one.
-
     Raises FileNotFoundError: no such folder.
     """
     if wanted is None:
-        return 0
+        return
     if wanted == "latest":
         checkpoints = list_checkpoints(output_dir)
         if not checkpoints:
             logger.info("No checkpoint in %s yet: starting from the beginning.", output_dir)
-            return 0
+            return
         checkpoint = checkpoints[-1]
     else:
         checkpoint = Path(wanted)
         if not checkpoint.is_dir():
             raise FileNotFoundError(f"There is no checkpoint at {checkpoint}.")
     accelerator.load_state(str(checkpoint))
-    return checkpoint_step(checkpoint)

@@ -86,7 +86,7 @@ class _Run:
         self.main = accelerator.is_main_process
         self.output_dir = Path(args.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.step, self.state, self.curve = 0, RunState(), Curve(self.output_dir / "curve.jsonl")
+        self.state, self.curve = RunState(), Curve(self.output_dir / "curve.jsonl")
         self.plain = model.train()
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -117,11 +117,16 @@ class _Run:
         args, accelerator = self.args, self.accelerator
         if accelerator.log_with:
             accelerator.init_trackers(self.output_dir.resolve().name, config=trackable_settings(args))
-        self.step = resume_checkpoint(accelerator, self.output_dir, args.resume_from_checkpoint)
+        resume_checkpoint(accelerator, self.output_dir, args.resume_from_checkpoint)
         if self.main:
             self.curve.forget_after(self.step)
         if self.step:
             self.loader = accelerator.skip_first_batches(self.loader, self.step * args.gradient_accumulation_steps)
+
+    @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        return self.state.step
 
     def go(self) -> None:
         """All steps that are left, or those until somebody asks to stop."""
@@ -134,28 +139,34 @@ class _Run:
         total, done = args.max_train_steps * self.per_step, self.step * self.per_step
         bar = tqdm(total=total, initial=done, disable=not self.main, unit=self.unit, unit_scale=True, mininterval=5)
         with bar, _stop_requests() as requested:
-            stopped = False
-            while self.step < args.max_train_steps and not stopped:
-                numbers, stopped = self._take_step(batches, requested)
+            late = killed = False
+            while self.step < args.max_train_steps and not (late or killed):
+                numbers, late, killed = self._take_step(batches, requested)
                 state.average(numbers, AVERAGE_DECAY)
                 bar.update(self.per_step)
                 skipped = {"skipped": len(state.skipped)} if state.skipped else {}
                 loss = f"{state.averages.get('loss', math.nan):.4f}"
                 bar.set_postfix(step=self.step, loss=loss, **skipped, refresh=False)
-                last = stopped or self.step == args.max_train_steps
-                validates = last or self.step % args.validation_steps == 0
-                saves = last or self.step % args.checkpointing_steps == 0
+                last = late or self.step == args.max_train_steps
+                # Who asked the process to end will not wait for a validation.
+                validates = not killed and (last or self.step % args.validation_steps == 0)
+                saves = last or killed or self.step % args.checkpointing_steps == 0
                 if validates or saves:
                     state.share_skipped(self.output_dir, self.main)
                 if validates and self.main:
                     self._validate()
                 if saves:
                     self._save()
-        if stopped:
+        if late or killed:
             logger.info("Stopped after step %d; go on with --resume_from_checkpoint latest.", self.step)
 
-    def _take_step(self, batches: Iterator[dict], requested: Callable[[], bool]) -> tuple[dict[str, float], bool]:
-        """One step of the optimizers; returns its numbers, averaged over processes, and whether to stop after it."""
+    def _take_step(
+        self, batches: Iterator[dict], requested: Callable[[], bool]
+    ) -> tuple[dict[str, float], bool, bool]:
+        """One step of the optimizers.
+
+        Returns: its numbers, averaged over processes; whether the time is over; whether the system asks to end.
+        """
         args, accelerator = self.args, self.accelerator
         trains_model, trains_critic = self.objective.trains(self.step)
         trained = self.optimizers[:1] * trains_model + self.optimizers[1:] * trains_critic
@@ -170,7 +181,7 @@ class _Run:
                 for name, number in self._backward(batch, trains_model, trains_critic).items():
                     sums[name] = sums.get(name, 0) + number.detach().float() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    numbers, stop = self._share(sums, requested())
+                    numbers, late, killed = self._share(sums, requested())
                     if args.max_grad_norm and trains_model:
                         norm = accelerator.clip_grad_norm_(self.networks[0].parameters(), args.max_grad_norm)
                         numbers["grad_norm"] = norm.item()
@@ -180,8 +191,8 @@ class _Run:
                     optimizer.zero_grad(set_to_none=True)
         if trains_model:
             self.ema.step(self.plain.parameters())
-        self.step += 1
-        return numbers, stop
+        self.state.step += 1
+        return numbers, late, killed
 
     def _learning_rate_scale(self, step: int) -> float:
         args = self.args
@@ -207,17 +218,18 @@ class _Run:
             accelerator.backward(numbers["critic_loss"])
         return numbers
 
-    def _share(self, sums: dict[str, Tensor], requested: bool) -> tuple[dict[str, float], bool]:
-        """Numbers averaged over the processes, and whether one of them wants to stop.
+    def _share(self, sums: dict[str, Tensor], requested: bool) -> tuple[dict[str, float], bool, bool]:
+        """Numbers averaged over the processes; whether the time is over, or the end was asked for, in one of them.
 
         One exchange for everything; every process comes to the same conclusions.
         """
         seconds = time.monotonic() - self.started
         self.state.minutes = self.minutes_before + seconds / 60
         late = self.args.max_minutes is not None and seconds > 60 * self.args.max_minutes
-        stop = torch.tensor(float(late or requested), device=self.accelerator.device)
-        *values, stop = self.accelerator.reduce(torch.stack([*sums.values(), stop]), "mean").tolist()
-        return dict(zip(sums, values, strict=True)), stop > 0
+        ends = torch.tensor([late, requested], dtype=torch.float32, device=self.accelerator.device)
+        shared = self.accelerator.reduce(torch.cat([torch.stack(list(sums.values())), ends]), "mean").tolist()
+        *values, late, requested = shared
+        return dict(zip(sums, values, strict=True)), late > 0, requested > 0
 
     def _check_finite(self, numbers: dict[str, float], batch: dict[str, Tensor]) -> None:
         """Raises FloatingPointError before a number that is none reaches the weights, and keeps the batch."""

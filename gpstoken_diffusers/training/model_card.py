@@ -53,6 +53,7 @@ def write_model_card(
     num_pictures: int,
     num_skipped: int,
     per_step: int,
+    steps: int,
     minutes: float,
     last_row: dict[str, float],
 ) -> None:
@@ -64,7 +65,7 @@ def write_model_card(
         device: what it was trained on.
         num_pictures, num_skipped: pictures in all places, and those that could not be read.
         per_step: crops of a step on all processes.
-        minutes: wall time of training.
+        steps, minutes: how long the training took.
         last_row: of the run's curve; empty before the first validation.
     """
     names = {"psnr": "PSNR, dB", "ssim": "SSIM", "judge": "perceptual distance"}
@@ -81,7 +82,7 @@ def write_model_card(
         pictures=f"{num_pictures:,}",
         places=", ".join(f"`{place}`" for place in places),
         skipped=f" {num_skipped} of them could not be read and were skipped." if num_skipped else "",
-        steps=f"{last_row.get('step', 0):,}",
+        steps=f"{steps:,}",
         per_step=per_step,
         minutes=minutes,
         device=device,

@@ -17,6 +17,7 @@ class RunState:
     """What a run must remember, beside its networks, to go on as if it had not been stopped.
 
     Attributes:
+        step: how many steps the run has taken, all its parts together.
         averages: running means by name.
         minutes: how long the run has taken, all its parts together.
         skipped: names of samples that could not be read, each once, in the order they were met.
@@ -24,6 +25,7 @@ class RunState:
     """
 
     def __init__(self):
+        self.step = 0
         self.averages: dict[str, float] = {}
         self.minutes = 0.0
         self.skipped: dict[str, None] = {}
@@ -47,6 +49,7 @@ class RunState:
 
     def state_dict(self) -> dict:
         return {
+            "step": self.step,
             "averages": dict(self.averages),
             "minutes": self.minutes,
             "skipped": list(self.skipped),
@@ -54,7 +57,7 @@ class RunState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.averages, self.minutes = dict(state["averages"]), state["minutes"]
+        self.step, self.minutes, self.averages = state["step"], state["minutes"], dict(state["averages"])
         self.skipped, self.last_row = dict.fromkeys(state["skipped"]), dict(state["last_row"])
 
 
