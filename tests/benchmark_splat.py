@@ -26,6 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from gpstoken_diffusers.benchmark.roofline import pairs_in_boxes  # noqa: E402
 from gpstoken_diffusers.ops import native  # noqa: E402
 from gpstoken_diffusers.ops.partition import partition_image  # noqa: E402
 from gpstoken_diffusers.ops.splat import splat_gaussians  # noqa: E402
@@ -48,13 +49,6 @@ def photograph(side: int, count: int = 1) -> Tensor:
         crop = image.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + size, top + size))
         crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
     return torch.stack(crops).float() / 127.5 - 1
-
-
-def pairs(geometry: Tensor, side: int, support: float = 3.0) -> int:
-    """How many (token, pixel) pairs lie inside a box: the work that cannot be avoided."""
-    first = torch.ceil((geometry[..., 3:] - support * geometry[..., :2] + 1) / 2 * (side - 1)).clamp_min(0)
-    last = torch.floor((geometry[..., 3:] + support * geometry[..., :2] + 1) / 2 * (side - 1)).clamp_max(side - 1)
-    return int((last - first + 1).clamp_min(0).prod(-1).sum())
 
 
 def operator(geometry: Tensor, texture: Tensor, upstream: Tensor) -> None:
@@ -108,7 +102,7 @@ def growth(title: str, cases: dict[str, tuple[Tensor, int]], rounds: int, calls:
     first = next(iter(times.values()))[1]
     for name, (geometry, side) in cases.items():
         wall, cpu = times[name]
-        inside = pairs(geometry, side)
+        inside = pairs_in_boxes(geometry, side, side, support=3.0)
         print(
             f"  {name:<12} wall {wall:8.2f} ms   cpu {cpu:8.2f} ms = {cpu / first:6.1f} x the first   "
             f"{inside:9,d} pairs inside boxes, {inside / (geometry.shape[1] * side**2):.1%} of the dense ones"

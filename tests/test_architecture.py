@@ -18,7 +18,7 @@ LAYERS = [
     ("image_processor", "visualization"),
     ("models", "schedulers"),
     ("training", "pipelines"),
-    ("cli", "comfyui_nodes", "__main__"),
+    ("cli", "benchmark", "comfyui_nodes", "__main__"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
