@@ -113,6 +113,19 @@ GPSTOKEN_API int gpstoken_splat_backward_cuda(const float* geometry, const void*
                                               float* grad_geometry, void* grad_texture, int64_t B, int64_t N,
                                               int64_t C, int64_t H, int64_t W, float support, int dtype, void* stream);
 
+/* Partition: the regions of gpstoken_partition_cpu, and complexity (B, N), that of each region, unless NULL.
+ * terms: what gpstoken_partition_terms_cuda fills in (in host memory, 4097 doubles), copied to the device.
+ * scratch: as many bytes of device memory as gpstoken_partition_scratch_cuda says, aligned to 16. It may be freed or
+ * used again by whatever is queued on the stream later. */
+GPSTOKEN_API int gpstoken_partition_terms_cuda(double* terms);
+
+GPSTOKEN_API int gpstoken_partition_scratch_cuda(int64_t B, int64_t H, int64_t W, int64_t N, int min_region_size,
+                                                 int biased, int64_t* bytes);
+
+GPSTOKEN_API int gpstoken_partition_cuda(const float* grey, const float* bias, const double* terms, void* scratch,
+                                         int32_t* regions, double* complexity, int64_t B, int64_t H, int64_t W,
+                                         int64_t N, int min_region_size, double entropy_exponent, void* stream);
+
 /* The CUDA runtime's words for code - GPSTOKEN_CUDA_ERROR. */
 GPSTOKEN_API const char* gpstoken_cuda_error_string(int code);
 

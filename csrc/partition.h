@@ -1,5 +1,5 @@
-// How complex a region is: the entropy of the magnitudes of its gradients. The definition is gradient_entropy in
-// gpstoken_diffusers/ops/partition_reference.py; here is what it shares with the fast loops of
+// How complex a region is, on the CPU: the entropy of the magnitudes of its gradients. The definition is
+// gradient_entropy in gpstoken_diffusers/ops/partition_reference.py; here is what it shares with the fast loops of
 // partition_cpu_kernel.h.
 //
 // Only the bin of each magnitude matters, so the loops compute magnitudes in float32, in whatever order is fast, and
@@ -12,18 +12,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "partition_shared.h"
+
 namespace gpstoken {
 
-constexpr int kSamples = 64;              // a region is resampled to 64 x 64
-constexpr int kBins = 256;                // the upper half of the definition's 512: no magnitude is negative
-constexpr double kBinWidth = 11.0 / 512;  // exact, as are all edges
 // Stands for a bin that exact_bin() must find. Grey values in [-1, 1] give magnitudes up to sqrt(20): bins up to 208.
 constexpr uint8_t kDoubtful = 255;
 constexpr int kMaxSources = 2 * kSamples;  // pixels of one axis that its samples touch
-
-struct Box {
-    int x0, y0, x1, y1;  // pixels, inclusive
-};
 
 // Bilinear resampling of one axis to kSamples samples, and its composition with the two factors of the Sobel filter
 // (1 2 1 and -1 0 1 over neighbouring samples, the outermost sample repeated).
@@ -159,10 +154,7 @@ inline uint8_t exact_bin(const View& view, int i, int j) {
 inline double entropy_of_counts(const int* counts) {
     static const std::vector<double> term = [] {
         std::vector<double> table(kSamples * kSamples + 1);
-        for (size_t count = 0; count < table.size(); ++count) {
-            const double p = static_cast<double>(count) / (kSamples * kSamples + 1e-5);
-            table[count] = p * std::log2(p + 1e-10);
-        }
+        for (size_t count = 0; count < table.size(); ++count) table[count] = entropy_term(static_cast<int>(count));
         return table;
     }();
     double total = 0.0;

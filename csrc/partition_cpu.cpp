@@ -1,7 +1,8 @@
 // gpstoken_partition_cpu: entropy-driven partition of grey images into regions, an image per thread.
 //
 // The definition is gpstoken_diffusers/ops/partition_reference.py; regions and order are the same, bit for bit.
-// partition.h and partition_cpu_kernel.h measure one region; here is the list of regions and how it grows.
+// partition_shared.h has the rules, partition.h and partition_cpu_kernel.h measure one region; here is the list of
+// regions and how it grows.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -133,14 +134,12 @@ struct Region {
     double complexity;
 };
 
-// A region that can be split, in the order in which the definition would pick it: complexity, then place in the list.
-// Sorting the list stably again and again never changes the order of equals, and new regions always come last, so the
-// order in which regions were made decides among equals.
+// A region that can be split.
 struct Candidate {
     double complexity;
     int64_t index;
     bool operator<(const Candidate& other) const {
-        return complexity != other.complexity ? complexity < other.complexity : index > other.index;
+        return comes_first(other.complexity, other.index, complexity, index);
     }
 };
 
@@ -161,7 +160,7 @@ class Partitioner {
         regions_.clear();
         std::priority_queue<Candidate> candidates;
         const auto add = [&](const Region& region) {
-            if (std::max(region.box.x1 - region.box.x0, region.box.y1 - region.box.y0) > settings_.min_region_size)
+            if (splittable(region.box, settings_.min_region_size))
                 candidates.push({region.complexity, static_cast<int64_t>(regions_.size())});
             regions_.push_back(region);
         };
@@ -201,10 +200,9 @@ class Partitioner {
     }
 
     Region measure(const Box& box) {
-        const int64_t height = box.y1 - box.y0 + 1, width = box.x1 - box.x0 + 1;
         const double entropy = entropy_(unit_.data(), box);
-        double complexity = std::pow(entropy, settings_.entropy_exponent) * static_cast<double>(height);
-        complexity *= static_cast<double>(width);
+        double complexity =
+            region_complexity(entropy, settings_.entropy_exponent, box.y1 - box.y0 + 1, box.x1 - box.x0 + 1);
         if (!table_.empty()) {
             const double* above = &table_[box.y0 * (settings_.width + 1)];
             const double* below = &table_[(box.y1 + 1) * (settings_.width + 1)];
@@ -214,23 +212,17 @@ class Partitioner {
     }
 
     Pair halves(const Box& box, bool along_x) {
-        Box first = box, second = box;
-        if (along_x) {
-            second.x0 = box.x0 + (box.x1 - box.x0 + 1) / 2;
-            first.x1 = second.x0 - 1;
-        } else {
-            second.y0 = box.y0 + (box.y1 - box.y0 + 1) / 2;
-            first.y1 = second.y0 - 1;
-        }
-        return {measure(first), measure(second)};
+        return {measure(half_of(box, along_x, false)), measure(half_of(box, along_x, true))};
     }
 
     Pair split(const Box& box) {
         const int extent_x = box.x1 - box.x0, extent_y = box.y1 - box.y0;
         if (extent_x != extent_y) return halves(box, extent_x > extent_y);
         const Pair in_x = halves(box, true), in_y = halves(box, false);
-        const auto smaller = [](const Pair& p) { return std::min(p.first.complexity, p.second.complexity); };
-        return smaller(in_x) < smaller(in_y) ? in_x : in_y;
+        return square_is_cut_along_x(in_x.first.complexity, in_x.second.complexity, in_y.first.complexity,
+                                     in_y.second.complexity)
+                   ? in_x
+                   : in_y;
     }
 
     // The list as the definition leaves it: sorted before the last split, whose halves come at the end.

@@ -25,11 +25,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#if defined(__CUDACC__)
-#define GPSTOKEN_INLINE __host__ __device__ __forceinline__
-#else
-#define GPSTOKEN_INLINE inline
-#endif
+#include "host_device.h"
 
 namespace gpstoken {
 

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda_launch.h"
 #include "gpstoken_native.h"
 #include "splat_backward.cuh"
 #include "splat_forward.cuh"
@@ -10,7 +11,6 @@ namespace {
 
 using namespace gpstoken::cuda;
 
-constexpr int64_t kLargestGrid = 0x7fffffff;
 constexpr int64_t kLargestAxis = 1 << 23;  // pixel coordinates are exact float32 quotients up to here
 
 // Blocks that fill today's largest GPUs about once; below this more, smaller blocks are worth repeated culling.
@@ -18,26 +18,11 @@ constexpr int64_t kManyBlocks = 256;
 // Tokens in a batch below which each gets a block of its own, so that all multiprocessors take part.
 constexpr int64_t kFewTokens = 1024;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Sizes that kernels may index with int, and a product of all that fits int64.
 bool legal(int64_t B, int64_t N, int64_t C, int64_t H, int64_t W) {
     const int64_t largest = kLargestGrid - 4096;
     return B >= 0 && N >= 0 && C >= 0 && H >= 0 && W >= 0 && N <= largest && C <= largest && H <= kLargestAxis &&
            W <= kLargestAxis;
-}
-
-template <class Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, cudaStream_t stream, const Arguments& args) {
-    if (blocks > kLargestGrid) return GPSTOKEN_INVALID_ARGUMENT;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.stream = stream;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-    if (error == cudaSuccess) return GPSTOKEN_OK;
-    cudaGetLastError();  // reported here, so the next call must not meet it again
-    return GPSTOKEN_CUDA_ERROR + static_cast<int>(error);
 }
 
 template <class T, int kChannels>

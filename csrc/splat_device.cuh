@@ -11,11 +11,6 @@
 
 #include "splat.h"
 
-// One variable per block in shared memory; the host emulation has its own.
-#if !defined(GPSTOKEN_SHARED)
-#define GPSTOKEN_SHARED(Type, name) __shared__ Type name
-#endif
-
 namespace gpstoken {
 namespace cuda {
 

@@ -1,4 +1,5 @@
-"""How long the partition takes: native library against its definition, timed in turns in one process.
+"""How long the partition takes: native library against its definition, timed in turns in one process; then on a GPU,
+where there is one, against bringing the pictures to the CPU.
 
     python tests/benchmark_partition.py [--repeats 20]
 
@@ -42,6 +43,25 @@ def best_ms(calls: dict[str, tuple], repeats: int) -> dict[str, float]:
     return best
 
 
+def on_gpu(repeats: int) -> None:
+    """Batches that lie on the GPU, by both ways."""
+    if not torch.cuda.is_available() or native.library("cuda") is None:
+        print(f"no GPU rows: torch sees no CUDA device, or {native.why_missing('cuda') or 'none'}")
+        return
+    for count, num_tokens in ((1, 64), (1, 256), (8, 256), (64, 128), (64, 256)):
+        batch = photograph(256, 256).expand(count, -1, -1, -1).cuda()
+
+        def there(batch: torch.Tensor = batch, n: int = num_tokens) -> None:
+            partition_image(batch, n)
+            torch.cuda.synchronize()
+
+        def here(batch: torch.Tensor = batch, n: int = num_tokens) -> None:
+            partition_image(batch.cpu(), n).geometry.cuda()
+
+        best = best_ms({"there": (there, repeats + 1), "here": (here, repeats)}, repeats + 1)
+        print(f"{count} on the GPU, {num_tokens} tokens: {best['there']:.2f} ms, by the CPU {best['here']:.2f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the native partition against its definition.")
     parser.add_argument("--repeats", type=int, default=20, help="native runs per row (the definition: 3)")
@@ -81,6 +101,7 @@ def main() -> None:
         calls[f"{count} threads"] = (run, repeats)
     for name, value in best_ms(calls, repeats).items():
         print(f"batch of 16, 256 px, 256 tokens, {name}: {value / 16:.2f} ms per image")
+    on_gpu(repeats)
     print(f"largest number of tokens at 256 px: {max_tokens(256, 256)}")
 
 

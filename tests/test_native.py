@@ -88,6 +88,16 @@ def test_missing_library(package_folder: Path, caplog: pytest.LogCaptureFixture)
         native.call("cpu", "gpstoken_splat_forward_cpu")
 
 
+def test_fallback_to_the_other_library(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the cpu library stands in for the cuda library, nobody is told of plain PyTorch."""
+    monkeypatch.setattr(native, "_announced", set())
+    monkeypatch.setattr(native, "library", lambda kind: object() if kind == "cpu" else None)
+    native.announce_fallback("partition_image", "cuda")
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "partition_image on cuda runs on the cpu library, which is slower" in message
+    assert "nvcc" in message or "gpstoken_cuda" in message
+
+
 def test_file_that_is_no_library(package_folder: Path) -> None:
     (package_folder / "lib" / native._file_name("cpu")).write_text("not a library")
     assert native.library("cpu") is None and "cannot be loaded" in native.why_missing("cpu")

@@ -14,6 +14,7 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_judge import noise
+from partition_cases import KINDS, pattern
 from safetensors.numpy import load_file
 
 from gpstoken_diffusers.ops import native
@@ -132,31 +133,6 @@ def test_golden_complexity(goldens, name, exponent):
 # ---- the native library against the definition ----
 
 
-def pattern(kind: str, height: int, width: int, seed: int) -> np.ndarray:
-    """Grey images of many kinds, most of them full of exact ties."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    if kind == "noise":
-        image = random.random((height, width)) * 2 - 1
-    elif kind == "binary":
-        image = random.integers(0, 2, (height, width)) * 2.0 - 1
-    elif kind == "constant":
-        image = np.full((height, width), random.random())
-    elif kind == "blocks":
-        cells = random.integers(0, 3, (height // 8 + 1, width // 8 + 1)) - 1.0
-        image = np.kron(cells, np.ones((8, 8)))[:height, :width]
-    elif kind == "waves":
-        image = np.rint(np.sin(x / 7.0) * np.cos(y / 7.0) * 2) / 2
-    elif kind == "ramp":  # most gradients within a rounding of an edge of the histogram's bins
-        image = (0.95 - x % 32 * 11 / 512 + random.random((height, width)) * 1e-7) * 2 - 1
-    elif kind == "edges":  # some on the edges
-        image = np.minimum(random.integers(0, 60, (height, width)) * 11 / 512, 1.0) * 2 - 1
-    else:
-        image = (x == width // 2) * 1.0  # "line"
-    return image.astype(np.float32)[None]
-
-
-KINDS = ("noise", "binary", "constant", "blocks", "waves", "ramp", "edges", "line")
 sides = st.one_of(st.sampled_from((8, 16, 32, 64, 128)), st.integers(2, 140))
 
 

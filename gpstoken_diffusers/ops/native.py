@@ -55,6 +55,9 @@ _SIGNATURES: dict[str, dict[str, list[type]]] = {
     "cuda": {
         "gpstoken_splat_forward_cuda": [_POINTER] * 3 + _SPLAT_SIZES + [_POINTER],
         "gpstoken_splat_backward_cuda": [_POINTER] * 5 + _SPLAT_SIZES + [_POINTER],
+        "gpstoken_partition_terms_cuda": [_POINTER],
+        "gpstoken_partition_scratch_cuda": [_SIZE] * 4 + [_INT] * 2 + [_POINTER],
+        "gpstoken_partition_cuda": [_POINTER] * 6 + [_SIZE] * 4 + [_INT, _DOUBLE, _POINTER],
     },
 }
 
@@ -68,12 +71,13 @@ _RESULTS = {
 }
 _CUDA_ERROR = 1000
 
-# Which native library serves an op on each kind of device; None: there is only the plain definition.
-_OPS: dict[str, dict[str, str | None]] = {
-    "splat_gaussians": {"cpu": "cpu", "cuda": "cuda", "mps": None},
-    "group_norm": {"cpu": "cpu", "cuda": None, "mps": None},
-    "pixel_norm": {"cpu": "cpu", "cuda": None, "mps": None},
-    "partition_image": {"cpu": "cpu", "cuda": "cpu", "mps": "cpu"},  # images are brought to the CPU and back
+# The native libraries that can serve an op on each kind of device, the fastest first; none: there is only the plain
+# definition. The cpu library serves other devices by way of host memory.
+_OPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "splat_gaussians": {"cpu": ("cpu",), "cuda": ("cuda",), "mps": ()},
+    "group_norm": {"cpu": ("cpu",), "cuda": (), "mps": ()},
+    "pixel_norm": {"cpu": ("cpu",), "cuda": (), "mps": ()},
+    "partition_image": {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "mps": ("cpu",)},
 }
 
 _announced: set[tuple[str, str]] = set()
@@ -120,13 +124,19 @@ def call(kind: str, function: str, *arguments: object) -> None:
 
 
 def announce_fallback(op: str, device: str) -> None:
-    """Says once per op and device that a plain fallback runs where a native library would be faster."""
-    kind = _OPS[op].get(device)
-    if kind is None or reference_forced() or (op, device) in _announced:
+    """Says once per op and device that a native library is missing with which it would be faster."""
+    kinds = _OPS[op].get(device, ())
+    if not kinds or reference_forced() or (op, device) in _announced:
         return
     _announced.add((op, device))
-    message = "%s on %s runs on plain PyTorch, which is slower: %s. %s `gpstoken doctor` shows all backends."
-    logger.warning(message, op, device, why_missing(kind), _remedy(kind))
+    message = "%s on %s runs on %s, which is slower: %s. %s `gpstoken doctor` shows all backends."
+    found = _first_there(kinds)
+    runs_on = f"the {found} library" if found else "plain PyTorch"
+    logger.warning(message, op, device, runs_on, why_missing(kinds[0]), _remedy(kinds[0]))
+
+
+def _first_there(kinds: tuple[str, ...]) -> str | None:
+    return next((kind for kind in kinds if library(kind) is not None), None)
 
 
 def doctor() -> str:
@@ -151,10 +161,9 @@ def doctor() -> str:
     lines += ["", "which implementation runs"]
     for op, kinds in _OPS.items():
         for device in _devices():
-            kind = kinds[device]
-            native = kind is not None and library(kind) is not None
-            where = f" ({kind} library)" if native else " (no native version)" if kind is None else ""
-            lines.append(f"  {op:<16} on {device:<5} {'native' if native else 'plain PyTorch'}{where}")
+            found = _first_there(kinds[device])
+            text = f"native ({found} library)" if found else "plain PyTorch"
+            lines.append(f"  {op:<16} on {device:<5} {text}{'' if kinds[device] else ' (no native version)'}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops import native, partition_cuda
 from gpstoken_diffusers.ops.partition_reference import partition_image_reference, region_complexity
 
 __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partition_image"]
@@ -59,18 +59,27 @@ def initial_gaussians(regions: torch.Tensor, height: int, width: int) -> torch.T
     regions: (..., 4) integers x0, y0, x1, y1 in pixels, the last ones inclusive. Returns (..., 5) float32
     sigma_x, sigma_y, rho, x, y on the same device.
     """
-    x0, y0, x1, y1 = regions.cpu().double().unbind(-1)  # float64 on the CPU, since not every device has it
+    home = regions if regions.is_cuda else regions.cpu()  # not every device has float64
+    x0, y0, x1, y1 = home.double().unbind(-1)
     geometry = torch.stack(
         [
-            (x1 - x0) / width * (2 / 3),
-            (y1 - y0) / height * (2 / 3),
+            _quotient(x1 - x0, width) * (2 / 3),
+            _quotient(y1 - y0, height) * (2 / 3),
             torch.zeros_like(x0),
-            (x0 + x1) / (width - 1) - 1,
-            (y0 + y1) / (height - 1) - 1,
+            _quotient(x0 + x1, width - 1) - 1,
+            _quotient(y0 + y1, height - 1) - 1,
         ],
         dim=-1,
     )
     return geometry.to(regions.device, torch.float32)
+
+
+def _quotient(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """values / divisor of float64 values, the nearest number on every device.
+
+    Torch divides on CUDA by a number of the host by multiplying with its reciprocal, which may miss the last digit.
+    """
+    return values / torch.full((), divisor, dtype=torch.float64, device=values.device)
 
 
 def max_tokens(height: int, width: int, min_region_size: int = 8) -> int:
@@ -114,9 +123,9 @@ def partition_image(
 
     Args:
         image: (H, W) or (B, H, W) grey, or (B, 3, H, W) or (B, 1, H, W); floats in [-1, 1], or uint8
-            (0..255). Any size from 2 x 2 px, on any device; the work is done on the CPU by
-            `torch.get_num_threads()` threads. Where a picture overshoots [-1, 1] a little, as decoded ones
-            do, the excess is cut off.
+            (0..255). Any size from 2 x 2 px, on any device. On a GPU with CUDA the work is done there, else on
+            the CPU by `torch.get_num_threads()` threads; the regions are the same. Where a picture overshoots
+            [-1, 1] a little, as decoded ones do, the excess is cut off.
         num_tokens: from 1 to `max_tokens(H, W, min_region_size)`.
         min_region_size: px; a region is split while its longer side, less 1, exceeds this. At least 2.
         entropy_exponent: the complexity of a region is (entropy of its gradients) ** entropy_exponent * area.
@@ -137,7 +146,8 @@ def partition_image(
         ValueError: sizes, ranges or numbers outside the above, NaN or infinite values.
         TypeError: an image or map of another type.
 
-    Under `torch.compile` it runs outside the graph.
+    Under `torch.compile` it runs outside the graph. A CUDA graph can hold it once it has run on the device; what is
+    captured does not look for numbers that should not be there, since that needs the host.
     """
     grey, device = _grey_batch(image)
     batch, height, width = grey.shape
@@ -155,80 +165,90 @@ def partition_image(
 
     bias = None
     if complexity_bias is not None:
-        bias = _map_batch("complexity_bias", complexity_bias, grey.shape)
+        bias = _map_batch("complexity_bias", complexity_bias, grey)
     if importance is not None:
-        drawn = _map_batch("importance", importance, grey.shape)
-        if drawn.size and (drawn.min() < 0 or drawn.max() > 1):
+        drawn = _map_batch("importance", importance, grey)
+        if drawn.numel() and _readable(drawn) and (drawn.min() < 0 or drawn.max() > 1):
             raise ValueError(
                 f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}. "
                 "Scale the map, and set how much it counts by importance_strength."
             )
-        drawn = drawn * _complexity_per_pixel(grey, entropy_exponent) * importance_strength
+        drawn = drawn * _complexity_per_pixel(grey, float(entropy_exponent)) * importance_strength
         bias = drawn if bias is None else bias + drawn
     if bias is not None:
-        with np.errstate(over="ignore"):
-            bias = np.ascontiguousarray(np.broadcast_to(bias, grey.shape), dtype=np.float32)
-        if not np.isfinite(bias).all():
+        bias = bias.expand(grey.shape).float().contiguous()
+        if _readable(bias) and not bias.isfinite().all():
             raise ValueError("complexity_bias or importance_strength is too large for float32.")
 
     min_region_size = min(min_region_size, max(height, width))  # the same, and it fits the C interface's int
-    regions = torch.from_numpy(_regions(grey, num_tokens, min_region_size, float(entropy_exponent), bias))
+    regions = _regions(grey, num_tokens, min_region_size, float(entropy_exponent), bias)
     geometry = initial_gaussians(regions, height, width)
     return Partition(regions.to(device), geometry.to(device))
 
 
 def _regions(
-    grey: np.ndarray, num_tokens: int, min_region_size: int, entropy_exponent: float, bias: np.ndarray | None
-) -> np.ndarray:
+    grey: torch.Tensor, num_tokens: int, min_region_size: int, entropy_exponent: float, bias: torch.Tensor | None
+) -> torch.Tensor:
     """(B, num_tokens, 4) int32 regions of (B, H, W) float32 grey values, natively if the library is there."""
+    settings = (num_tokens, min_region_size, entropy_exponent)
+    if partition_cuda.serves(grey.device):
+        return partition_cuda.partition_on_cuda(grey, *settings, bias)[0]
     if native.library("cpu") is None:
         native.announce_fallback("partition_image", "cpu")
-        return partition_image_reference(grey, num_tokens, min_region_size, entropy_exponent, bias)
-    regions = np.empty((len(grey), num_tokens, 4), dtype=np.int32)
-    bias_address = None if bias is None else bias.ctypes.data
-    settings = (num_tokens, min_region_size, entropy_exponent, torch.get_num_threads())
-    addresses = (grey.ctypes.data, bias_address, regions.ctypes.data)
-    native.call("cpu", "gpstoken_partition_cpu", *addresses, *grey.shape, *settings)
+        bias = None if bias is None else bias.numpy()
+        return torch.from_numpy(partition_image_reference(grey.numpy(), *settings, bias))
+    regions = torch.empty((len(grey), num_tokens, 4), dtype=torch.int32)
+    addresses = (grey.data_ptr(), None if bias is None else bias.data_ptr(), regions.data_ptr())
+    native.call("cpu", "gpstoken_partition_cpu", *addresses, *grey.shape, *settings, torch.get_num_threads())
     return regions
 
 
-def _grey_batch(image: torch.Tensor | np.ndarray) -> tuple[np.ndarray, torch.device]:
-    """(B, H, W) float32 grey values in [-1, 1] on the CPU, and the device that the image was on."""
+def _grey_batch(image: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch.device]:
+    """(B, H, W) float32 grey values in [-1, 1] where the work is done, and the device that the image was on.
+
+    They lie on a GPU if its native library is there, else on the CPU.
+    """
     image = _as_tensor("image", image)
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"image: expected floats in [-1, 1] or uint8, got {image.dtype}.")
     shape = tuple(image.shape)
     if image.ndim not in (2, 3, 4) or (image.ndim == 4 and shape[1] not in (1, 3)):
         raise ValueError(f"image: expected (H, W), (B, H, W), (B, 1, H, W) or (B, 3, H, W), got {shape}.")
-    device = image.device
     if min(shape[-2:]) < SMALLEST_SIDE:
         raise _too_small(*shape[-2:])
+    device = image.device
+    home = device if partition_cuda.serves(device) else torch.device("cpu")
     if image.dtype == torch.uint8:
-        image = (image.cpu().double() / 127.5 - 1).float()  # rounded to float32 once, as in the training data
+        image = (_quotient(image.to(home).double(), 127.5) - 1).float()  # rounded once, as in the training data
     grey = grayscale(image) if image.ndim == 4 else image.reshape(-1, *shape[-2:])
-    grey = grey.to("cpu", torch.float32).contiguous().numpy()
-    if grey.size == 0:
+    grey = grey.to(home, torch.float32).contiguous()
+    if grey.numel() == 0 or not _readable(grey):  # the library for CUDA cuts off by itself
         return grey, device
-    low, high = float(grey.min()), float(grey.max())  # a NaN anywhere becomes both
+    low, high = torch.stack(torch.aminmax(grey)).tolist()  # a NaN anywhere becomes both
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("image: it contains NaN or infinite values.")
     if max(-low, high) > OVERSHOOT:
         raise ValueError(f"image: expected values in [-1, 1], got {low:.4g} to {high:.4g}.")
-    return (grey if max(-low, high) <= 1 else grey.clip(-1, 1)), device
+    return (grey if max(-low, high) <= 1 else grey.clamp(-1, 1)), device
 
 
-def _map_batch(name: str, values: torch.Tensor | np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """A finite float64 map, (B, H, W) or (1, H, W), for images of a given shape (B, H, W)."""
+def _map_batch(name: str, values: torch.Tensor | np.ndarray, grey: torch.Tensor) -> torch.Tensor:
+    """A finite float64 map, (B, H, W) or (1, H, W), for images (B, H, W), on their device."""
     values = _as_tensor(name, values)
     if values.dtype != torch.bool and not values.is_floating_point():
         raise TypeError(f"{name}: expected floats or booleans, got {values.dtype}.")
-    given = tuple(values.shape)
+    given, shape = tuple(values.shape), tuple(grey.shape)
     if given not in (shape[1:], (1, *shape[1:]), shape):
         raise ValueError(f"{name}: expected the image's size, {shape[1:]} or {shape}, got {given}.")
-    array = values.cpu().double().numpy().reshape(-1, *shape[1:])
-    if not np.isfinite(array).all():
+    values = values.to(grey.device).double().reshape(-1, *shape[1:])
+    if _readable(values) and not values.isfinite().all():
         raise ValueError(f"{name}: it contains NaN or infinite values.")
-    return array
+    return values
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether the host can look at a tensor's values now: not while a CUDA graph is captured."""
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _as_tensor(name: str, values: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -246,9 +266,12 @@ def _too_small(height: int, width: int) -> ValueError:
     )
 
 
-def _complexity_per_pixel(grey: np.ndarray, entropy_exponent: float) -> np.ndarray:
-    """(B, 1, 1): complexity of each whole image over its number of pixels."""
+def _complexity_per_pixel(grey: torch.Tensor, entropy_exponent: float) -> torch.Tensor:
+    """(B, 1, 1) float64: complexity of each whole image over its number of pixels."""
     _, height, width = grey.shape
-    whole = np.array([[0, 0, width - 1, height - 1]])
-    totals = [region_complexity(image, whole, entropy_exponent)[0] for image in grey]
-    return np.array(totals).reshape(-1, 1, 1) / (height * width)
+    if partition_cuda.serves(grey.device):
+        _, totals = partition_cuda.partition_on_cuda(grey, 1, max(height, width), entropy_exponent)
+    else:
+        whole = np.array([[0, 0, width - 1, height - 1]])
+        totals = torch.tensor([region_complexity(image, whole, entropy_exponent)[0] for image in grey.numpy()])
+    return _quotient(totals.double().reshape(-1, 1, 1), height * width)

@@ -7,6 +7,7 @@ one token, in list order (the entropy-driven partition of the GPSToken paper).
 
 from __future__ import annotations
 
+import decimal
 import math
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 SAMPLES = 64  # a region is resampled to SAMPLES x SAMPLES before its gradients are counted
 BINS = 512  # histogram bins over [-MAGNITUDE_RANGE, MAGNITUDE_RANGE]; magnitudes fill the upper half only
 MAGNITUDE_RANGE = 5.5
+
+_DIGITS = decimal.Context(prec=34)  # twice those of a float64
 
 
 def _resampling_taps(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,13 +75,23 @@ def summed_area_table(bias: np.ndarray) -> np.ndarray:
     return table
 
 
+def _power(base: float, exponent: float) -> float:
+    """base ** exponent for base > 0, rounded once, so that it is the same everywhere.
+
+    The C library's `pow` misses the nearest number in one case of a thousand, in other cases on other processors.
+    In a symmetric picture that can swap two regions, each the other's mirror image.
+    """
+    logarithm = _DIGITS.multiply(_DIGITS.ln(decimal.Decimal(base)), decimal.Decimal(exponent))
+    return float(_DIGITS.exp(logarithm))
+
+
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, inclusive
 
 
 def _complexity(unit: np.ndarray, box: Box, exponent: float, table: np.ndarray | None) -> float:
     """Complexity of a region of `unit`, grey values in [0, 1]; `table`: the summed-area table of the bias."""
     x0, y0, x1, y1 = box[0], box[1], box[2] + 1, box[3] + 1
-    complexity = gradient_entropy(unit[y0:y1, x0:x1]) ** exponent * (y1 - y0) * (x1 - x0)
+    complexity = _power(gradient_entropy(unit[y0:y1, x0:x1]), exponent) * (y1 - y0) * (x1 - x0)
     if table is not None:
         complexity += float(table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0])
     return complexity

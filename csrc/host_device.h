@@ -1,0 +1,14 @@
+// What lets one source be taken by nvcc, by NVRTC, and by a plain C++17 compiler: for the CPU libraries, and for the
+// tests that run kernels on the host.
+#pragma once
+
+#if defined(__CUDACC__)
+#define GPSTOKEN_INLINE __host__ __device__ __forceinline__
+#else
+#define GPSTOKEN_INLINE inline
+#endif
+
+// One variable per block in shared memory; the host emulation has its own.
+#if !defined(GPSTOKEN_SHARED)
+#define GPSTOKEN_SHARED(Type, name) __shared__ Type name
+#endif
