@@ -4,8 +4,9 @@
     python tests/benchmark_generation.py --pipeline FOLDER --images 8 --steps 10 20 50 250
 
 Distance: root mean square, over standardised latents (whose own deviation is about 1), between what a sampler reaches
-and the 1,000-step Euler solution of the same ODE from the same noise. A stochastic sampler draws another picture, so
-its distance does not go to 0; its spread, the latents' standard deviation over that of the ODE's, goes to 1.
+and the 1,000-step Euler solution of the same ODE from the same noise, under the pipeline's own guidance; and the PSNR
+between the pictures of both. A stochastic sampler draws another picture, so its distance does not go to 0; its spread,
+the latents' standard deviation over that of the ODE's, goes to 1.
 
 Time: one image at a time, same sampler and steps, guidance 1.5 as the released settings have it (from t = 0.2 on). The
 official way evaluates both guidance branches in float32 at every step, and twice per step of the SDE.
@@ -21,33 +22,46 @@ import torch
 from gpstoken_diffusers.pipelines.flow_sampling import draw_noise, guided_velocity, integrate_flow, sample_generators
 from torch import Tensor
 
-from gpstoken_diffusers import GPSTokenPipeline
+from gpstoken_diffusers import GPSTokenPipeline, GPSTokens
 from gpstoken_diffusers.assets import MINI_PIPELINE
+from gpstoken_diffusers.metrics import psnr
 from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS, make_sampler
 
 SAMPLERS = ("euler", "heun", "unipc", "dpm++", "sde", "official-sde")
 REFERENCE_STEPS = 1000
 
 
-def sample(pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, sampler: str, steps: int) -> Tensor:
+def sample(
+    pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, sampler: str, steps: int, guidance_scale: float
+) -> Tensor:
     generators = sample_generators(torch.Generator().manual_seed(0), len(labels))
     noise = draw_noise(generators, (layout.shape[1], 5 + pipe.transformer.config.texture_channels), layout.device)
-    velocity = guided_velocity(pipe.texture_network(layout), labels, pipe.transformer.null_class, 1.0, (0.0, 1.0))
+    network, null = pipe.texture_network(layout), pipe.transformer.null_class
+    velocity = guided_velocity(network, labels, null, guidance_scale, (0.0, 1.0))
     scheduler, inference_steps = make_sampler(sampler, steps)
     return integrate_flow(scheduler, velocity, noise, inference_steps, generators, on_step=lambda *step: step[3])
 
 
-def quality(pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, all_steps: list[int]) -> None:
-    reference = sample(pipe, layout, labels, "euler", REFERENCE_STEPS)
-    print(f"\n{len(labels)} images, against {REFERENCE_STEPS} Euler steps\n")
-    print("| sampler | steps | evaluations | distance | spread |\n|---|---|---|---|---|")
+def quality(
+    pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, all_steps: list[int], guidance_scale: float
+) -> None:
+    def pictures(latents: Tensor) -> Tensor:
+        side = pipe.autoencoder.config.sample_size
+        tokens = GPSTokens(*pipe.transformer.from_latents(layout, latents), (side, side))
+        return pipe.autoencoder.decode(tokens).sample.clamp(-1, 1)
+
+    reference = sample(pipe, layout, labels, "euler", REFERENCE_STEPS, guidance_scale)
+    expected = pictures(reference)
+    print(f"\n{len(labels)} images, guidance {guidance_scale:g}, against {REFERENCE_STEPS} Euler steps\n")
+    print("| sampler | steps | evaluations | distance | spread | PSNR, dB |\n|---|---|---|---|---|---|")
     for sampler in SAMPLERS:
         for steps in all_steps:
-            latents = sample(pipe, layout, labels, sampler, steps)
+            latents = sample(pipe, layout, labels, sampler, steps, guidance_scale)
             distance = (latents - reference).square().mean().sqrt().item()
             spread = (latents.std() / reference.std()).item()
             evaluations = SAMPLER_PRESETS[sampler].evaluations(steps)
-            print(f"| {sampler} | {steps} | {evaluations} | {distance:.4f} | {spread:.3f} |", flush=True)
+            close = psnr(pictures(latents), expected).mean().item()
+            print(f"| {sampler} | {steps} | {evaluations} | {distance:.4f} | {spread:.3f} | {close:.1f} |", flush=True)
 
 
 def official_loop(pipe: GPSTokenPipeline, layout: Tensor, label: Tensor, steps: int, evaluations: int) -> None:
@@ -97,6 +111,7 @@ def main() -> None:
     parser.add_argument("--pipeline", default=str(MINI_PIPELINE))
     parser.add_argument("--images", type=int, default=9)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50, 250])
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="Default: the pipeline's.")
     parser.add_argument("--timed_steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -107,7 +122,7 @@ def main() -> None:
     layout = pipe.generate_layout(labels.tolist(), generator=torch.Generator().manual_seed(0))
     print(f"{args.pipeline}, {layout.shape[1]} tokens, {pipe.device}, {torch.get_num_threads()} threads")
     speed(pipe, layout[:1], labels[:1], args.timed_steps, args.rounds)
-    quality(pipe, layout, labels, args.steps)
+    quality(pipe, layout, labels, args.steps, args.guidance_scale)
 
 
 if __name__ == "__main__":

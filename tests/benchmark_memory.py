@@ -15,10 +15,10 @@ import sys
 import time
 
 import torch
-from benchmark_reconstruction import forget_peak, resident_mb
 
 from gpstoken_diffusers import AutoencoderGPSToken
 from gpstoken_diffusers.assets import MINI
+from gpstoken_diffusers.benchmark.measure import peak_memory_mb
 
 
 def measure(size: int) -> dict[str, float]:
@@ -27,21 +27,22 @@ def measure(size: int) -> dict[str, float]:
     image = torch.nn.functional.interpolate(
         torch.rand(1, 3, size // 16, size // 16, generator=generator) * 2 - 1, size=(size, size), mode="bilinear"
     )
-    forget_peak()
-    before, start = resident_mb("VmRSS"), time.perf_counter()
+    found = {}
+
+    def encode() -> None:
+        found["tokens"] = model.encode(image).tokens
+
+    def decode() -> None:
+        found["sample"] = model.decode(found["tokens"]).sample
+
+    figures = {}
     with torch.no_grad():
-        tokens = model.encode(image).tokens
-        encoded, encode_peak = time.perf_counter(), resident_mb("VmHWM")
-        forget_peak()
-        sample = model.decode(tokens).sample
-    return {
-        "tokens": tokens.num_tokens,
-        "encode_seconds": encoded - start,
-        "decode_seconds": time.perf_counter() - encoded,
-        "encode_mb": encode_peak - before,
-        "decode_mb": resident_mb("VmHWM") - before,
-        "picture_mb": sample.numel() * sample.element_size() / 2**20,
-    }
+        for name, run in (("encode", encode), ("decode", decode)):
+            started = time.perf_counter()
+            figures[f"{name}_mb"] = peak_memory_mb(run, torch.device("cpu"))
+            figures[f"{name}_seconds"] = time.perf_counter() - started
+    picture_mb = found["sample"].numel() * found["sample"].element_size() / 2**20
+    return {"tokens": found["tokens"].num_tokens, **figures, "picture_mb": picture_mb}
 
 
 def main() -> None:
