@@ -221,7 +221,7 @@ def test_pictures_that_are_none(model, refused, image, tmp_path):
         with pytest.raises(ValueError, match=reasons[name]):
             GPSTokenImageProcessor.load_image(path)
     refused("encode", tmp_path / "nowhere.png", "-o", tmp_path / "t.safetensors", why="nowhere.png")
-    refused("encode", tmp_path, "-o", tmp_path / "t.safetensors", why="No image file")
+    refused("encode", tmp_path, "-o", tmp_path / "t.safetensors", why="must be a folder")
 
 
 def test_a_broken_picture_does_not_stop_a_folder(model_folder, tmp_path, capsys):
