@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
+from emulation.checkers import sanitised_program
 from emulation.toolchain import compile_emulation, find_compiler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -266,19 +265,7 @@ def test_power_is_the_nearest_number(emulated: ctypes.CDLL) -> None:
 
 def test_no_access_outside_buffers(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitisers over all kernels, NaN and infinite values included."""
-    sanitisers = "-fsanitize=address,undefined,float-cast-overflow"
-    try:
-        program = compile_emulation("partition_out_of_bounds.cpp", tmp_path / "program", "-O1", "-g1", sanitisers,
-                                    "-fno-sanitize-recover=all", "-ffp-contract=off")  # fmt: skip
-    except RuntimeError as error:
-        if "cannot find" in str(error):
-            pytest.skip(f"the compiler comes without sanitisers: {error}")
-        raise
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-        return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
-
+    run = sanitised_program("partition_out_of_bounds.cpp", tmp_path / "program", "-ffp-contract=off")
     done = run()
     assert done.returncode == 0 and "18 calls" in done.stdout, done.stdout + done.stderr
     for what in ("regions", "scratch"):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from emulation.checkers import expect_clean_on_gpu
 from layout_judge import noise, picture
 from partition_cases import KINDS, mirrored, pattern
 
@@ -153,9 +150,4 @@ def test_sanitizer(tool: str) -> None:
         "for b, h, w, n in ((1, 64, 64, 40), (70, 33, 20, 3), (1, 2, 2, 1), (2, 100, 3, 7)):\n"
         "    grey = picture(b, h, w).cuda(); partition_on_cuda(grey, n, 2, 2.5, grey)[0].cpu()"
     )
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-    # Without torch's pool of memory, so that every tensor is an allocation whose ends are known.
-    environment = {"PYTHONPATH": os.pathsep.join(folders), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    expect_clean_on_gpu(tool, code)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import golden
+from emulation.checkers import sanitised_program
 from emulation.toolchain import SplatLibrary, compile_emulation, find_compiler
 from safetensors.torch import load_file
 from splat_cuda_cases import CASES, expect_case, expect_close, random_tokens, real_library
@@ -244,19 +243,7 @@ def test_arguments(emulated_cdll: ctypes.CDLL) -> None:
 @needs_linux
 def test_no_access_outside_buffers(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitisers over both kernels, NaN and infinite geometry included."""
-    sanitisers = "-fsanitize=address,undefined,float-cast-overflow"
-    try:
-        program = compile_emulation("out_of_bounds.cpp", tmp_path / "program", "-O1", "-g1", sanitisers,
-                                    "-fno-sanitize-recover=all")  # fmt: skip
-    except RuntimeError as error:
-        if "cannot find" in str(error):
-            pytest.skip(f"the compiler comes without sanitisers: {error}")
-        raise
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-        return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
-
+    run = sanitised_program("out_of_bounds.cpp", tmp_path / "program")
     done = run()
     assert done.returncode == 0 and "20 launches" in done.stdout, done.stdout + done.stderr
     for direction in ("forward", "backward"):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from emulation.checkers import expect_clean_on_gpu
 from emulation.toolchain import SplatLibrary
 from splat_cuda_cases import BF16, F16, F32, expect_definition, random_tokens, real_library
 
@@ -94,9 +91,4 @@ def test_gpu_sanitizer(gpu: SplatLibrary, tool: str) -> None:
         "from splat_cuda_cases import CASES, expect_case, real_library; library = real_library()\n"
         "for case in CASES: expect_case(library, case, 'cuda')"
     )
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-    # Without torch's pool of memory, so that every tensor is an allocation whose ends are known.
-    environment = {"PYTHONPATH": os.pathsep.join(folders), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    expect_clean_on_gpu(tool, code)
