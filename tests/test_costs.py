@@ -77,11 +77,12 @@ def test_nothing_is_done_picture_by_picture(mini, native_calls):
 @needs_native
 def test_calls_of_one_reconstruction(mini, native_calls):
     encoding = counted(mini.encode, torch.rand(1, 3, 256, 256))
+    assert native_calls["gpstoken_partition_cpu"] == 1
     tokens = mini.encode(torch.rand(1, 3, 256, 256)).tokens
     native_calls.clear()
     decoding = counted(mini.decode, tokens)
     assert encoding.calls["aten::convolution"] == 5 and decoding.calls["aten::convolution"] == 17
-    assert encoding.calls["torchvision::roi_align"] == 1 and encoding.calls["gpstoken::partition_image"] <= 1
+    assert encoding.calls["torchvision::roi_align"] == 1
     # Norms of maps and the SiLU behind them are one kernel each; none is left to torch.
     assert encoding.calls["gpstoken::group_norm"] == 4 and native_calls["gpstoken_pixel_norm_cpu"] == 16
     for operators in (encoding, decoding):
