@@ -188,6 +188,7 @@ def start(photos: Path, output: Path, model_folder: Path, launcher: list[str], *
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         # A test run in the background may have been told to ignore SIGINT; children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -205,8 +206,9 @@ def test_processes_share_the_work(encode, photos, model_folder, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process on Windows")
+@pytest.mark.parametrize("send", ["kill", "killpg"])  # a terminal sends to the group
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_was_cut_off_goes_on(encode, photos, model_folder, tmp_path, capsys, number):
+def test_a_run_that_was_cut_off_goes_on(encode, photos, model_folder, tmp_path, capsys, number, send):
     for index in range(40):
         photo(photos / f"more-{index:02}.png", 96, 96, seed=index)
     output = tmp_path / "tokens"
@@ -215,7 +217,7 @@ def test_a_run_that_was_cut_off_goes_on(encode, photos, model_folder, tmp_path, 
     while len(list(output.glob("*.safetensors"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
+    getattr(os, send)(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     if number == signal.SIGINT:

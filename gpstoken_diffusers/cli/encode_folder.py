@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +57,9 @@ def encode_folder(args: argparse.Namespace) -> int:
     waiting = [name for name in names if args.overwrite or not _is_done(args.output, name, sources[name], settings)]
     failures: dict[str, str] = {}
     done = 0
-    with tqdm(total=len(waiting), unit="picture", disable=args.quiet or process > 0) as bar:
-        for name, outcome in _encode(codec, sources, waiting, settings, args):
+    progress = tqdm(total=len(waiting), unit="picture", disable=args.quiet or process > 0)
+    with progress as bar, _interrupt_requests() as is_interrupted:
+        for name, outcome in _encode(codec, sources, waiting, settings, args, is_interrupted):
             bar.update()
             if outcome is None:
                 done += 1
@@ -124,8 +127,42 @@ def batches(items: Iterator[tuple[str, Features]], batch_size: int) -> Iterator[
         yield batch.take()
 
 
+@contextmanager
+def _interrupt_requests() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed; pressed again, it ends the run at once.
+
+    An exception in the middle of taking over a worker's tensors would leave that worker to complain of a broken pipe.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    requested = False
+
+    def note(number: int, frame) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, before)
+
+    if before is signal.SIG_IGN:  # as in the background of a shell script
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: requested
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too, but it is the main process that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _encode(
-    codec: Codec, sources: dict[str, Path], names: list[str], settings: Record, args: argparse.Namespace
+    codec: Codec,
+    sources: dict[str, Path],
+    names: list[str],
+    settings: Record,
+    args: argparse.Namespace,
+    is_interrupted: Callable[[], bool],
 ) -> Iterator[tuple[str, str | None]]:
     """Name by name: None for what was written, or what went wrong with the picture.
 
@@ -136,11 +173,19 @@ def _encode(
         workers = min(8, (os.cpu_count() or 1) // 2, len(names))
     inputs = FolderInputs(codec.processor, sources, names, args.num_tokens)
     # Batches are made below, where it is known which pictures have one size.
-    loader = DataLoader(inputs, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+    loader = DataLoader(
+        inputs,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_interrupts,
+    )
     unreadable: list[tuple[str, str]] = []
 
     def readable() -> Iterator[tuple[str, Features]]:
         for name, features, problem in loader:
+            if is_interrupted():
+                raise KeyboardInterrupt
             if features is None:
                 unreadable.append((name, problem))
             else:
