@@ -2,11 +2,16 @@
 
     python tests/benchmark_generation.py                       # the shipped gpstoken-mini
     python tests/benchmark_generation.py --pipeline FOLDER --images 8 --steps 10 20 50 250
+    python tests/benchmark_generation.py --tables guidance --guidance_steps 10 14 20
+
+Three tables: every sampler at several steps; UniPC, the pipeline's own, with cheaper guidance (off for a part of the
+way, or with the difference between both branches reused for a step or two); and the time against the official way.
 
 Distance: root mean square, over standardised latents (whose own deviation is about 1), between what a sampler reaches
 and the 1,000-step Euler solution of the same ODE from the same noise, under the pipeline's own guidance; and the PSNR
 between the pictures of both. A stochastic sampler draws another picture, so its distance does not go to 0; its spread,
-the latents' standard deviation over that of the ODE's, goes to 1.
+the latents' standard deviation over that of the ODE's, goes to 1. Rows: of the network's batches, for one image;
+guidance takes two an evaluation.
 
 Time: one image at a time, same sampler and steps, guidance 1.5 as the released settings have it (from t = 0.2 on). The
 official way evaluates both guidance branches in float32 at every step, and twice per step of the SDE.
@@ -17,6 +22,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from gpstoken_diffusers.pipelines.flow_sampling import draw_noise, guided_velocity, integrate_flow, sample_generators
@@ -25,43 +32,102 @@ from torch import Tensor
 from gpstoken_diffusers import GPSTokenPipeline, GPSTokens
 from gpstoken_diffusers.assets import MINI_PIPELINE
 from gpstoken_diffusers.metrics import psnr
+from gpstoken_diffusers.schedulers.flow_time import data_times, set_timesteps
 from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS, make_sampler
 
 SAMPLERS = ("euler", "heun", "unipc", "dpm++", "sde", "official-sde")
 REFERENCE_STEPS = 1000
+TABLES = ("speed", "samplers", "guidance")
+INTERVALS = ((0.0, 1.0), (0.1, 1.0), (0.2, 1.0), (0.3, 1.0), (0.0, 0.9), (0.0, 0.8), (0.0, 0.7))
+REUSES = (2, 3)
+
+Flow = Callable[[Tensor, float], Tensor]
 
 
-def sample(
-    pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, sampler: str, steps: int, guidance_scale: float
-) -> Tensor:
-    generators = sample_generators(torch.Generator().manual_seed(0), len(labels))
-    noise = draw_noise(generators, (layout.shape[1], 5 + pipe.transformer.config.texture_channels), layout.device)
-    network, null = pipe.texture_network(layout), pipe.transformer.null_class
-    velocity = guided_velocity(network, labels, null, guidance_scale, (0.0, 1.0))
-    scheduler, inference_steps = make_sampler(sampler, steps)
-    return integrate_flow(scheduler, velocity, noise, inference_steps, generators, on_step=lambda *step: step[3])
+@dataclass(frozen=True)
+class Setting:
+    """What is sampled: layouts (B, N, 5), their classes (B,), and how strongly the classes guide."""
+
+    pipe: GPSTokenPipeline
+    layout: Tensor
+    labels: Tensor
+    guidance_scale: float
+
+    def velocity(self, interval: tuple[float, float] = (0.0, 1.0)) -> Flow:
+        network, null = self.pipe.texture_network(self.layout), self.pipe.transformer.null_class
+        return guided_velocity(network, self.labels, null, self.guidance_scale, interval)
+
+    def reusing_velocity(self, every: int) -> Flow:
+        """Both branches at each `every`-th evaluation; between them the conditional one and their last difference."""
+        network, null = self.pipe.texture_network(self.layout), self.pipe.transformer.null_class
+        guided, unguided = (guided_velocity(network, self.labels, null, s, (0, 1)) for s in (self.guidance_scale, 1.0))
+        count, difference = 0, None
+
+        def velocity(latents: Tensor, time: float) -> Tensor:
+            nonlocal count, difference
+            count += 1
+            if (count - 1) % every:
+                return unguided(latents, time) + difference
+            # c + (scale - 1)(c - u), less c. A pipeline would take c from the same batch; here it is run once more.
+            result = guided(latents, time)
+            difference = result - unguided(latents, time)
+            return result
+
+        return velocity
+
+    def sample(self, sampler: str, steps: int, velocity: Flow) -> Tensor:
+        generators = sample_generators(torch.Generator().manual_seed(0), len(self.labels))
+        channels = 5 + self.pipe.transformer.config.texture_channels
+        noise = draw_noise(generators, (self.layout.shape[1], channels), self.layout.device)
+        scheduler, inference_steps = make_sampler(sampler, steps)
+        return integrate_flow(scheduler, velocity, noise, inference_steps, generators, on_step=lambda *step: step[3])
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        side = self.pipe.autoencoder.config.sample_size
+        tokens = GPSTokens(*self.pipe.transformer.from_latents(self.layout, latents), (side, side))
+        return self.pipe.autoencoder.decode(tokens).sample.clamp(-1, 1)
 
 
-def quality(
-    pipe: GPSTokenPipeline, layout: Tensor, labels: Tensor, all_steps: list[int], guidance_scale: float
-) -> None:
-    def pictures(latents: Tensor) -> Tensor:
-        side = pipe.autoencoder.config.sample_size
-        tokens = GPSTokens(*pipe.transformer.from_latents(layout, latents), (side, side))
-        return pipe.autoencoder.decode(tokens).sample.clamp(-1, 1)
+@dataclass(frozen=True)
+class Reference:
+    """The solution that others are measured by, and its pictures."""
 
-    reference = sample(pipe, layout, labels, "euler", REFERENCE_STEPS, guidance_scale)
-    expected = pictures(reference)
-    print(f"\n{len(labels)} images, guidance {guidance_scale:g}, against {REFERENCE_STEPS} Euler steps\n")
-    print("| sampler | steps | evaluations | distance | spread | PSNR, dB |\n|---|---|---|---|---|---|")
+    latents: Tensor
+    pictures: Tensor
+
+    def compare(self, setting: Setting, latents: Tensor) -> str:
+        """The last columns of a row."""
+        distance = (latents - self.latents).square().mean().sqrt().item()
+        spread = (latents.std() / self.latents.std()).item()
+        close = psnr(setting.pictures(latents), self.pictures).mean().item()
+        return f"{distance:.4f} | {spread:.3f} | {close:.1f} |"
+
+
+def compare_samplers(setting: Setting, reference: Reference, all_steps: list[int]) -> None:
+    print("\n| sampler | steps | evaluations | distance | spread | PSNR, dB |\n|---|---|---|---|---|---|")
     for sampler in SAMPLERS:
         for steps in all_steps:
-            latents = sample(pipe, layout, labels, sampler, steps, guidance_scale)
-            distance = (latents - reference).square().mean().sqrt().item()
-            spread = (latents.std() / reference.std()).item()
+            latents = setting.sample(sampler, steps, setting.velocity())
             evaluations = SAMPLER_PRESETS[sampler].evaluations(steps)
-            close = psnr(pictures(latents), expected).mean().item()
-            print(f"| {sampler} | {steps} | {evaluations} | {distance:.4f} | {spread:.3f} | {close:.1f} |", flush=True)
+            print(f"| {sampler} | {steps} | {evaluations} | {reference.compare(setting, latents)}", flush=True)
+
+
+def compare_guidance(setting: Setting, reference: Reference, all_steps: list[int]) -> None:
+    print("\n| unipc, guidance | steps | rows | distance | spread | PSNR, dB |\n|---|---|---|---|---|---|")
+    for steps in all_steps:
+        scheduler, inference_steps = make_sampler("unipc", steps)
+        set_timesteps(scheduler, inference_steps)
+        times = data_times(scheduler)
+        for first, last in INTERVALS:
+            rows = sum(2 if first <= time <= last else 1 for time in times)
+            latents = setting.sample("unipc", steps, setting.velocity((first, last)))
+            columns = reference.compare(setting, latents)
+            print(f"| from {first:g} to {last:g} | {steps} | {rows} | {columns}", flush=True)
+        for every in REUSES:
+            rows = steps + -(-steps // every)
+            latents = setting.sample("unipc", steps, setting.reusing_velocity(every))
+            columns = reference.compare(setting, latents)
+            print(f"| its difference anew each {every} steps | {steps} | {rows} | {columns}", flush=True)
 
 
 def official_loop(pipe: GPSTokenPipeline, layout: Tensor, label: Tensor, steps: int, evaluations: int) -> None:
@@ -110,7 +176,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default=str(MINI_PIPELINE))
     parser.add_argument("--images", type=int, default=9)
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50, 250])
+    parser.add_argument("--guidance_steps", type=int, nargs="+", default=[10, 15, 20])
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="Default: the pipeline's.")
     parser.add_argument("--timed_steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
@@ -121,8 +189,18 @@ def main() -> None:
     labels = torch.arange(args.images, device=pipe.device) % pipe.transformer.config.num_classes
     layout = pipe.generate_layout(labels.tolist(), generator=torch.Generator().manual_seed(0))
     print(f"{args.pipeline}, {layout.shape[1]} tokens, {pipe.device}, {torch.get_num_threads()} threads")
-    speed(pipe, layout[:1], labels[:1], args.timed_steps, args.rounds)
-    quality(pipe, layout, labels, args.steps, args.guidance_scale)
+    if "speed" in args.tables:
+        speed(pipe, layout[:1], labels[:1], args.timed_steps, args.rounds)
+    if args.tables == ["speed"]:
+        return
+    setting = Setting(pipe, layout, labels, args.guidance_scale)
+    latents = setting.sample("euler", REFERENCE_STEPS, setting.velocity())
+    reference = Reference(latents, setting.pictures(latents))
+    print(f"\n{args.images} images, guidance {args.guidance_scale:g}, against {REFERENCE_STEPS} Euler steps")
+    if "samplers" in args.tables:
+        compare_samplers(setting, reference, args.steps)
+    if "guidance" in args.tables:
+        compare_guidance(setting, reference, args.guidance_steps)
 
 
 if __name__ == "__main__":
