@@ -1,10 +1,13 @@
-// How the host side of every CUDA op queues its kernels.
+// How the host side of every CUDA op queues its kernels: by the CUDA runtime where nvcc compiles both. With
+// GPSTOKEN_NVRTC a plain C++ compiler takes the host side alone, and whoever loads the library queues them.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <stdint.h>
 
 #include "gpstoken_native.h"
+#if !defined(GPSTOKEN_NVRTC)
+#include <cuda_runtime.h>
+#endif
 
 namespace gpstoken {
 namespace cuda {
@@ -12,6 +15,16 @@ namespace cuda {
 constexpr int64_t kLargestGrid = 0x7fffffff;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace cuda
+}  // namespace gpstoken
+
+#if defined(GPSTOKEN_NVRTC)
+#include "nvrtc_launch.h"
+#else
+
+namespace gpstoken {
+namespace cuda {
 
 // A kernel takes one argument, a struct. The result is one of the codes of gpstoken_native.h.
 template <class Arguments>
@@ -29,3 +42,5 @@ inline int launch(void (*kernel)(Arguments), int64_t blocks, int threads, cudaSt
 
 }  // namespace cuda
 }  // namespace gpstoken
+
+#endif

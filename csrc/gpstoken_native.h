@@ -1,8 +1,9 @@
 /* The C interface of the native libraries: plain pointers and sizes, no torch, no C++ types.
  *
- * libgpstoken_cpu and libgpstoken_cuda export the functions below; gpstoken_diffusers/ops/native.py loads them with
- * ctypes. Raise GPSTOKEN_ABI_VERSION whenever a signature or the meaning of an argument changes, here and in
- * native.py: a library of another version is refused instead of called wrongly.
+ * libgpstoken_cpu, libgpstoken_cuda and libgpstoken_nvrtc export the functions below;
+ * gpstoken_diffusers/ops/native.py loads them with ctypes. Raise GPSTOKEN_ABI_VERSION whenever a signature or the
+ * meaning of an argument changes, here and in native.py: a library of another version is refused instead of called
+ * wrongly.
  *
  * Conventions
  *   - every array is dense and row-major; the caller owns all memory;
@@ -17,7 +18,7 @@
 
 #include <stdint.h>
 
-#define GPSTOKEN_ABI_VERSION 2
+#define GPSTOKEN_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define GPSTOKEN_API __declspec(dllexport)
@@ -42,7 +43,7 @@
 extern "C" {
 #endif
 
-/* Both libraries. */
+/* Every library. */
 GPSTOKEN_API int gpstoken_abi_version(void);
 
 /* ---- libgpstoken_cpu ---- */
@@ -65,6 +66,20 @@ GPSTOKEN_API int gpstoken_splat_backward_cpu(const float* geometry, const void* 
 GPSTOKEN_API int gpstoken_partition_cpu(const float* grey, const float* bias, int32_t* regions, int64_t B, int64_t H,
                                         int64_t W, int64_t N, int min_region_size, double entropy_exponent,
                                         int num_threads);
+
+/* How many regions' complexities gpstoken_partition_cpu has measured in this process so far: a partition's work. */
+GPSTOKEN_API int64_t gpstoken_partition_evaluations_cpu(void);
+
+/* RoIAlign as ops/roi_align.py defines it: features (B, H, W, C) and regions (B, N, 4) = x0, y0, x1, y1, in units of
+ * 1 / scale pixels and finite -> cells (B, N, C, bins, bins). features, cells and their gradients have the element type
+ * `dtype`. */
+GPSTOKEN_API int gpstoken_roi_align_cpu(const void* features, const float* regions, void* cells, int64_t B, int64_t H,
+                                        int64_t W, int64_t C, int64_t N, int64_t bins, float scale, int dtype,
+                                        int num_threads);
+
+GPSTOKEN_API int gpstoken_roi_align_backward_cpu(const float* regions, const void* grad_cells, void* grad_features,
+                                                 int64_t B, int64_t H, int64_t W, int64_t C, int64_t N, int64_t bins,
+                                                 float scale, int dtype, int num_threads);
 
 /* Normalisation of channel-last maps, with SiLU behind it if `silu`. x, out, grad_out and grad_x have the element type
  * `dtype`; weight, bias (C), their gradients and all statistics are float32. See ops/norm_reference.py. */
@@ -128,6 +143,16 @@ GPSTOKEN_API int gpstoken_partition_cuda(const float* grey, const float* bias, c
 
 /* The CUDA runtime's words for code - GPSTOKEN_CUDA_ERROR. */
 GPSTOKEN_API const char* gpstoken_cuda_error_string(int code);
+
+/* ---- libgpstoken_nvrtc: the functions of libgpstoken_cuda; its kernels are compiled by the caller, with NVRTC ----
+ *
+ * A launcher queues one kernel and returns 0, or else why not is for the caller to remember: functions then return
+ * GPSTOKEN_CUDA_ERROR, as they do without a launcher. source: the file of csrc that defines the kernel, name: a C++
+ * expression that names it; arguments: its only parameter, of `bytes` bytes. */
+typedef int (*gpstoken_launcher)(const char* source, const char* name, unsigned blocks, unsigned threads, void* stream,
+                                 const void* arguments, unsigned bytes);
+
+GPSTOKEN_API void gpstoken_set_launcher(gpstoken_launcher launcher);
 
 #ifdef __cplusplus
 }

@@ -51,12 +51,6 @@ Kernels<T> kernels() {
 constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kPixelsPerBlock = 64;  // of 512 channels: what fits the second-level cache
 
-int useful_threads(int64_t elements, int num_threads) {
-    // Starting a thread takes some 20 us: each must have more than that to do.
-    constexpr int64_t kElementsPerThread = 64 * 1024;
-    return static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), 1 + elements / kElementsPerThread));
-}
-
 int64_t blocks_of(int64_t pixels) { return divide_up(pixels, kPixelsPerBlock); }
 int64_t block_size(int64_t block, int64_t pixels) { return std::min(kPixelsPerBlock, pixels - block * kPixelsPerBlock); }
 

@@ -13,6 +13,13 @@
 
 namespace gpstoken {
 
+// How many threads are worth starting for so many numbers of a map. Starting one takes some 20 us: each must have more
+// than that to do.
+inline int useful_threads(int64_t numbers, int num_threads) {
+    constexpr int64_t kNumbersPerThread = 64 * 1024;
+    return static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), 1 + numbers / kNumbersPerThread));
+}
+
 // Calls body(item, worker) once for every item, on at most num_threads threads (the caller's among them); worker, in
 // 0..num_threads-1, names the thread, so that each can have its scratch memory. Items are taken in rising order, so
 // uneven ones balance. body must not throw: allocate before, not inside.

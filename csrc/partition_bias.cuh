@@ -4,19 +4,10 @@
 // each column. One thread per row, then one per column.
 #pragma once
 
-#include "host_device.h"
+#include "partition_arguments.h"
 
 namespace gpstoken {
 namespace cuda {
-
-constexpr int kBiasThreads = 64;
-
-struct BiasSums {
-    const float* bias;  // (batch, height, width)
-    double* sums;
-    int height, width;
-    long long lines;  // rows, or columns, of the whole batch
-};
 
 // to[i] = from[0] + ... + from[i], both with the same distance from one number to the next. May work in place.
 template <class T>

@@ -127,6 +127,9 @@ class GradientEntropy {
     std::vector<std::unique_ptr<Axis>> axes_;  // by size, made when first needed
 };
 
+// Of this process so far; see gpstoken_partition_evaluations_cpu.
+std::atomic<int64_t> evaluations_so_far{0};
+
 // ---- the list of regions ----
 
 struct Region {
@@ -157,6 +160,16 @@ class Partitioner {
     // False if there are fewer leaves than tokens.
     bool run(const float* grey, const float* bias, int32_t* out) {
         prepare(grey, bias);
+        const bool enough = divide();
+        evaluations_so_far.fetch_add(std::exchange(evaluations_, 0), std::memory_order_relaxed);
+        if (enough) write(out);
+        return enough;
+    }
+
+  private:
+    using Pair = std::pair<Region, Region>;
+
+    bool divide() {
         regions_.clear();
         std::priority_queue<Candidate> candidates;
         const auto add = [&](const Region& region) {
@@ -176,12 +189,8 @@ class Partitioner {
             add(second);
             alive_.insert(alive_.end(), 2, true);
         }
-        write(out);
         return true;
     }
-
-  private:
-    using Pair = std::pair<Region, Region>;
 
     void prepare(const float* grey, const float* bias) {
         for (size_t i = 0; i < unit_.size(); ++i) unit_[i] = (grey[i] + 1.0f) * 0.5f;
@@ -200,6 +209,7 @@ class Partitioner {
     }
 
     Region measure(const Box& box) {
+        ++evaluations_;
         const double entropy = entropy_(unit_.data(), box);
         double complexity =
             region_complexity(entropy, settings_.entropy_exponent, box.y1 - box.y0 + 1, box.x1 - box.x0 + 1);
@@ -247,6 +257,7 @@ class Partitioner {
     std::vector<double> table_;   // summed-area table of the bias; empty: no bias
     std::vector<Region> regions_; // all ever made, in that order
     std::vector<bool> alive_;     // those not yet split
+    int64_t evaluations_ = 0;     // regions measured, of the image at hand
     std::vector<Candidate> order_;
     GradientEntropy entropy_;
 };
@@ -276,4 +287,8 @@ extern "C" int gpstoken_partition_cpu(const float* grey, const float* bias, int3
         }
     });
     return result;
+}
+
+extern "C" int64_t gpstoken_partition_evaluations_cpu(void) {
+    return gpstoken::evaluations_so_far.load(std::memory_order_relaxed);
 }

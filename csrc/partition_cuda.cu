@@ -7,8 +7,11 @@
 
 #include "cuda_launch.h"
 #include "gpstoken_native.h"
+#include "partition_arguments.h"
+#if !defined(GPSTOKEN_NVRTC)
 #include "partition_bias.cuh"
 #include "partition_list.cuh"
+#endif
 
 namespace {
 

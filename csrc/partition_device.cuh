@@ -10,7 +10,7 @@
 // Nothing here belongs to the host: nvcc, NVRTC and a plain C++17 compiler (tests/emulation) take it.
 #pragma once
 
-#include "partition_shared.h"
+#include "partition_arguments.h"
 
 namespace gpstoken {
 namespace cuda {
@@ -18,15 +18,6 @@ namespace cuda {
 constexpr int kAtOnce = 4;          // regions: the halves of a square, cut along x and along y
 constexpr int kSumsPerRegion = 16;  // of an entropy: eight side by side in each half of the bins
 constexpr double kLargestComplexity = 1e300;
-
-// A picture and what a region's complexity needs besides.
-struct Picture {
-    const float* grey;        // (height, width); what is outside [-1, 1] is cut off
-    const double* bias_sums;  // (height, width): of the user's bias above and left of each pixel, itself included; or null
-    const double* terms;      // entropy_term() of each count
-    int height, width;
-    double exponent;
-};
 
 template <int kBoxes>
 struct Measured {

@@ -14,21 +14,6 @@
 namespace gpstoken {
 namespace cuda {
 
-constexpr int kMostLevels = 24;
-constexpr int kLevelThreads = 256;
-
-// The first levels of one size of image.
-struct Levels {
-    int count;
-    int start[kMostLevels + 1];     // of each level in the table of an image; the last: the table's size
-    int fewest_cuts_x[kMostLevels];  // of any region of a level
-};
-
-// A region by its place among all that there can be.
-struct Place {
-    int cuts_x, cuts_y, x, y;
-};
-
 __device__ __forceinline__ Place half_of(const Place& place, bool along_x, bool second) {
     Place half = place;
     if (along_x) {
@@ -62,13 +47,6 @@ __device__ __forceinline__ Box descend(Box box, bool along_x, int cuts, int plac
     for (int bit = cuts - 1; bit >= 0; --bit) box = half_of(box, along_x, (place >> bit) & 1);
     return box;
 }
-
-struct PartitionLevels {
-    Picture picture;  // the first of the batch; the others follow it
-    Levels levels;
-    int min_region_size;
-    double* table;  // (batch, size of the table): complexities
-};
 
 __device__ __forceinline__ Picture nth(Picture picture, long long image) {
     const long long size = static_cast<long long>(picture.height) * picture.width;

@@ -9,35 +9,9 @@
 namespace gpstoken {
 namespace cuda {
 
-constexpr int kListThreads = 512;
-
-struct ListedRegion {
-    Box box;
-    Place place;
-    double complexity;
-    bool alive;  // not yet cut
-};
-
-// A region in the queue, or in the order of tokens.
-struct alignas(16) Entry {
-    double complexity;
-    int index;  // in the list
-};
-
 __device__ __forceinline__ bool comes_first(const Entry& a, const Entry& b) {
     return gpstoken::comes_first(a.complexity, a.index, b.complexity, b.index);
 }
-
-struct PartitionList {
-    Picture picture;  // the first of the batch; the others follow it
-    Levels levels;
-    const double* table;  // (batch, size of the table)
-    ListedRegion* list;   // (batch, list_size): all regions ever made, in that order
-    Entry* entries;       // (batch, entries_size): a power of two, at least list_size
-    int* regions;         // (batch, tokens, 4)
-    double* complexity;   // (batch, tokens), or null
-    int tokens, min_region_size, list_size, entries_size;
-};
 
 struct ListShared {
     Measured<kAtOnce> measured;

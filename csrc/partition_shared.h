@@ -7,9 +7,6 @@
 // compilers by their options.
 #pragma once
 
-#include <math.h>
-#include <stdint.h>
-
 #include "host_device.h"
 
 namespace gpstoken {

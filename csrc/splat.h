@@ -21,10 +21,6 @@
 // and gets zero gradients.
 #pragma once
 
-#include <float.h>
-#include <math.h>
-#include <stdint.h>
-
 #include "host_device.h"
 
 namespace gpstoken {

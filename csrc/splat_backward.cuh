@@ -12,22 +12,8 @@
 namespace gpstoken {
 namespace cuda {
 
-constexpr int kBackwardWarps = 8;
-constexpr int kBackwardThreads = kBackwardWarps * kWarpSize;
 constexpr int kAlonePixels = 256;
 constexpr int kMoments = 8;  // five, padded to a power of two for reduce()
-
-struct SplatBackward {
-    const float* geometry;  // (batch, tokens, 5)
-    const void* texture;    // (batch, tokens, channels)
-    const void* grad_out;   // (batch, channels, height, width)
-    float* grad_geometry;   // (batch, tokens, 5)
-    void* grad_texture;     // (batch, tokens, channels)
-    long long total;        // batch * tokens
-    int tokens, channels, height, width;
-    float support;
-    int tokens_per_block;  // 1..kBackwardWarps
-};
 
 template <int kChannels>
 struct BackwardShared {

@@ -1,11 +1,12 @@
 // Host side of the CUDA splatting kernels: checks, grid, launch. The C interface is described in gpstoken_native.h.
 
-#include <cuda_runtime.h>
-
 #include "cuda_launch.h"
 #include "gpstoken_native.h"
+#include "splat_arguments.h"
+#if !defined(GPSTOKEN_NVRTC)
 #include "splat_backward.cuh"
 #include "splat_forward.cuh"
+#endif
 
 namespace {
 

@@ -10,21 +10,14 @@
 #pragma once
 
 #include "splat.h"
+#include "splat_arguments.h"
 
 namespace gpstoken {
 namespace cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarpSize = 32;
 
-// ---- Element types: float, and the two 16-bit ones as torch stores them ----
-
-struct Float16 {
-    unsigned short bits;
-};
-struct BFloat16 {
-    unsigned short bits;
-};
+// ---- Element types, to and from float ----
 
 __device__ __forceinline__ float load(const float* source) { return *source; }
 

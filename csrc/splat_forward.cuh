@@ -12,24 +12,12 @@
 namespace gpstoken {
 namespace cuda {
 
-constexpr int kForwardThreads = 128;
 constexpr int kForwardWarps = kForwardThreads / kWarpSize;
-constexpr int kTileWidth = 16;
-constexpr int kTileHeight = 16;
 constexpr int kRowsPerWarp = kTileHeight / kForwardWarps;
 constexpr int kRowsPerStep = kWarpSize / kTileWidth;  // rows that a warp covers with one pixel per lane
 constexpr int kPixelsPerThread = kRowsPerWarp / kRowsPerStep;
 constexpr int kStaged = 64;
 constexpr int kWaiting = 4 * kForwardThreads;
-
-struct SplatForward {
-    const float* geometry;  // (batch, tokens, 5)
-    const void* texture;    // (batch, tokens, channels)
-    void* out;              // (batch, channels, height, width)
-    int tokens, channels, height, width;
-    float support;  // half a box in sigmas
-    int tiles_x, tiles_y, slices;
-};
 
 // One survivor, ready to be evaluated: weight = 2^-(k2 (u - rho v)^2 + v^2), u = dx inv_x, v = dy inv_y.
 struct alignas(16) StagedToken {

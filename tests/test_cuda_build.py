@@ -1,4 +1,4 @@
-"""The CUDA sources under the compilers that users have: nvcc for every architecture, and NVRTC.
+"""The CUDA sources under nvcc, for every architecture. Those under NVRTC: test_nvrtc.py.
 
 A warning, a register spill or a stack frame fails. No GPU is needed. Without nvcc these tests skip.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import site
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,53 +126,3 @@ def test_library_loads(built: tuple[Path, str]) -> None:
 def test_benchmark_kernels_compile(tmp_path: Path) -> None:
     source, target = HERE / "official_shape.cu", tmp_path / "official_shape.o"
     assert "warning" not in run([str(NVCC), *STRICT, "-arch=sm_90", "-c", "-o", str(target), str(source)]).lower()
-
-
-def find_nvrtc() -> Path | None:
-    """The run-time compiler that comes with torch's CUDA packages, or None."""
-    for folder in site.getsitepackages():
-        for path in sorted(Path(folder).glob("nvidia/**/libnvrtc.so.*")):
-            if "builtins" not in path.name:
-                return path
-    return None
-
-
-# NVRTC has no C library: what the kernels need of its headers.
-C_HEADERS = {
-    "float.h": "#define FLT_MIN 1.17549435e-38f\n#define FLT_MAX 3.40282347e+38f\n",
-    "math.h": "",
-    "stdint.h": "typedef int int32_t; typedef long long int64_t; typedef unsigned short uint16_t;",
-}
-
-
-def test_nvrtc() -> None:
-    """The kernels compile at run time too, for a machine with a GPU but without nvcc."""
-    path = find_nvrtc()
-    if path is None:
-        pytest.skip("NVRTC is not installed (it comes with torch for CUDA)")
-    nvrtc = ctypes.CDLL(str(path))
-    source = """
-        #include "partition_bias.cuh"
-        #include "partition_list.cuh"
-        #include "splat_backward.cuh"
-        #include "splat_forward.cuh"
-        namespace kernels = gpstoken::cuda;
-        template __global__ void kernels::splat_forward_kernel<kernels::BFloat16, 16>(kernels::SplatForward);
-        template __global__ void kernels::splat_backward_kernel<kernels::Float16, 32>(kernels::SplatBackward);
-    """
-    program = ctypes.c_void_p()
-    strings = ctypes.c_char_p * len(C_HEADERS)
-    names = strings(*(name.encode() for name in C_HEADERS))
-    texts = strings(*(text.encode() for text in C_HEADERS.values()))
-    count = len(C_HEADERS)
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"splat.cu", count, texts, names) == 0
-    options = [b"--gpu-architecture=sm_90", b"--std=c++17", f"--include-path={CSRC}".encode()]
-    code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-    size = ctypes.c_size_t()
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert code == 0 and "warning" not in log.value.decode().lower(), log.value.decode()
-    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    assert size.value > 10_000
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

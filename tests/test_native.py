@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -57,7 +58,7 @@ def test_library_is_loaded_once_and_names_its_instruction_set() -> None:
 
 
 def test_header_and_loader_agree() -> None:
-    """The loader's table has each function of the header, with as many arguments, and the same version number."""
+    """The loader's tables have each function of the header, with as many arguments, and the same version number."""
     header = (ROOT / "csrc" / "gpstoken_native.h").read_text()
     assert f"#define GPSTOKEN_ABI_VERSION {native.ABI_VERSION}\n" in header
     declared = dict(re.findall(r"GPSTOKEN_API int (\w+)\(([^)]*)\);", header))
@@ -65,6 +66,11 @@ def test_header_and_loader_agree() -> None:
     table = {name: arguments for part in native._SIGNATURES.values() for name, arguments in part.items()}
     assert {name: text.count(",") + 1 for name, text in declared.items()} == {
         name: len(arguments) for name, arguments in table.items()
+    }
+    types = {"const char*": ctypes.c_char_p, "int64_t": ctypes.c_int64}
+    answering = re.findall(r"GPSTOKEN_API (const char\*|int64_t) (\w+)\(", header)
+    assert {name: types[text] for text, name in answering} == {
+        name: answer for part in native._ANSWERS.values() for name, answer in part.items()
     }
     codes = dict(re.findall(r"#define (GPSTOKEN_(?:FLOAT|BFLOAT)\w+) (\d)", header))
     assert {name: int(code) for name, code in codes.items()} == {

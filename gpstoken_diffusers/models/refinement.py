@@ -6,8 +6,8 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
+from ..ops.roi_align import roi_align
 from ..tokens import GEOMETRY_CHANNELS, RHO, SIGMA
 from .attention import FeedForward, TokenAttention, autocast_disabled
 
@@ -49,13 +49,7 @@ class RegionCells(nn.Module):
         self.roi_size, self.patch_size = roi_size, patch_size
 
     def forward(self, features: Tensor, regions: Tensor) -> Tensor:
-        # torchvision's CPU kernels know no bfloat16, and sampling positions want float32 anyway.
-        with autocast_disabled(features):
-            boxes = regions.reshape(-1, 4).float()
-            image_index = torch.arange(len(features), device=boxes.device, dtype=boxes.dtype)
-            boxes = torch.cat([image_index.repeat_interleave(regions.shape[1])[:, None], boxes], dim=1)
-            cells = roi_align(features.float(), boxes, self.roi_size, 1 / self.patch_size, aligned=True)
-        return cells.flatten(2).to(features.dtype)
+        return roi_align(features, regions, self.roi_size, 1 / self.patch_size).flatten(0, 1).flatten(2)
 
 
 class PooledRegionReader(nn.Module):
