@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpstoken_diffusers.ops.first_order import refuse_second_derivative
 from gpstoken_diffusers.ops.maps import call_native, channels_last, check_map, native_serves
 from gpstoken_diffusers.ops.norm_reference import (
     group_norm_backward_reference,
@@ -195,6 +196,7 @@ def _group_norm_autograd(ctx, grad_out: Tensor, grad_var: None, grad_mean: None)
 
 
 torch.library.register_autograd(_GROUP_NORM, _group_norm_autograd, setup_context=_group_norm_setup)
+refuse_second_derivative(_GROUP_NORM_BACKWARD)
 
 
 def _plain_group_norm(x, weight, bias, num_groups: int, eps: float, eps_on_std: bool, silu: bool):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpstoken_diffusers.ops.first_order import refuse_second_derivative
 from gpstoken_diffusers.ops.maps import call_native, channels_last, check_map, native_serves
 from gpstoken_diffusers.ops.norm_reference import (
     pixel_norm_backward_reference,
@@ -99,6 +100,7 @@ def _plain_pixel_norm_backward(x, weight, bias, grad_out, eps: float, silu: bool
 
 
 torch.library.register_autograd(_PIXEL_NORM, _pixel_norm_autograd, setup_context=_pixel_norm_setup)
+refuse_second_derivative(_PIXEL_NORM_BACKWARD)
 
 
 def _pixels(x: Tensor) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.first_order import refuse_second_derivative
 from gpstoken_diffusers.ops.splat_reference import (
     splat_gaussians_backward_reference,
     splat_gaussians_reference,
@@ -150,6 +151,7 @@ def _autograd_backward(ctx, grad_out: Tensor) -> tuple:
 
 
 torch.library.register_autograd(_FORWARD, _autograd_backward, setup_context=_setup_context)
+refuse_second_derivative(_BACKWARD)
 
 
 # ---- the native libraries ----
