@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
 from .ops.layouts import layout_from_mask
-from .ops.partition import partition_image
+from .tile_partition import partition_tiles
 from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
 from .tokens import GPSTokens
 
@@ -125,7 +125,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         if not images:
             raise ValueError("There is no image to process: the list is empty.")
         pixels = [_to_pixel_values(image, self.background) for image in images]
-        pixel_values = self._fit_and_stack(pixels, "images").clamp(-1, 1)
+        pixel_values = self._fit_and_stack(pixels, "images").clamp_(-1, 1)  # ours: nothing of the caller's
         weights = None
         if importance is not None:
             maps = [_to_importance(image) for image in _as_list(importance)]
@@ -139,12 +139,9 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
                         f"{tuple(picture.shape[-2:])}, the map {tuple(weight.shape[-2:])}."
                     )
             weights = self._fit_and_stack(maps, "importance maps").clamp(0, 1)
-        tile_grid = tile_grid_for(*pixel_values.shape[-2:], self.tile_size)
-        tiles = cut_tiles(pad_to_tiles(pixel_values, self.tile_size), tile_grid)
-        if weights is not None:
-            weights = cut_tiles(pad_to_tiles(weights, self.tile_size), tile_grid)[:, 0]
-        regions, geometry = partition_image(
-            tiles,
+        regions, geometry = partition_tiles(
+            pixel_values,
+            self.tile_size,
             self.num_tokens if num_tokens is None else num_tokens,
             min_region_size=self.min_region_size,
             entropy_exponent=self.entropy_exponent,
@@ -229,7 +226,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
                 f"The {what} of a batch must come out at one size, got (height, width) {sorted(sizes)}. Process them "
                 "one by one, or set shortest_edge and center_crop."
             )
-        return torch.stack(fitted)
+        return torch.stack(fitted) if len(fitted) > 1 else fitted[0][None].contiguous()
 
     # ------------------------------------------------------------------ tensors to pictures
 
@@ -245,17 +242,29 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         """
         if sample.ndim != 4 or sample.shape[1] != 3:
             raise ValueError(f"sample must have the shape (B, 3, H, W), got {tuple(sample.shape)}.")
-        unit = (sample.detach().float().cpu() / 2 + 0.5).clamp(0, 1)
-        if unit.isnan().any():
-            raise ValueError("The decoded image holds NaN. In float16, try bfloat16 or float32 instead.")
-        if output_type == "pt":
-            return unit
-        array = unit.permute(0, 2, 3, 1).numpy()
-        if output_type == "np":
-            return array
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}.')
         if output_type == "pil":
-            return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
-        raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}.')
+            return [self._eight_bit(picture) for picture in sample.detach()]
+        unit = _unit_values(sample.detach())
+        return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
+
+    @staticmethod
+    def _eight_bit(picture: Tensor) -> Image.Image:
+        """(3, H, W) around [-1, 1] to an RGB picture, some rows at a time."""
+        array = np.empty((*picture.shape[1:], 3), dtype=np.uint8)
+        for top in range(0, len(array), _ROWS_AT_ONCE):
+            rows = slice(top, top + _ROWS_AT_ONCE)
+            array[rows] = (_unit_values(picture[:, rows]).permute(1, 2, 0).numpy() * 255).round()
+        return Image.fromarray(array)
+
+
+def _unit_values(sample: Tensor) -> Tensor:
+    """Values around [-1, 1] in [0, 1], float32 on the CPU. Raises ValueError for NaN."""
+    unit = (sample.float().cpu() / 2 + 0.5).clamp(0, 1)
+    if unit.isnan().any():
+        raise ValueError("The decoded image holds NaN. In float16, try bfloat16 or float32 instead.")
+    return unit
 
 
 def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
@@ -304,6 +313,13 @@ def _check_unit_floats(values: Tensor, what: str) -> None:
         )
 
 
+# Of a large picture, so that what comes between 8 bits and float32 is not there for all of it.
+_ROWS_AT_ONCE = 256
+
+# v / 127.5 - 1 of all 8-bit values v, rounded once.
+_VALUE_OF_BYTE = (np.arange(256) / 127.5 - 1).astype(np.float32)
+
+
 def _to_pixel_values(image: ImageLike, background: Sequence[int]) -> Tensor:
     """Any picture as (3, H, W) float32 in [-1, 1]; 8-bit values v become v / 127.5 - 1, rounded once."""
     if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
@@ -319,8 +335,12 @@ def _to_pixel_values(image: ImageLike, background: Sequence[int]) -> Tensor:
             return values.expand(3, -1, -1) * 2 - 1
         array = values.permute(1, 2, 0).numpy()
         image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-    array = np.asarray(upright_rgb(image, background), dtype=np.float64) / 127.5 - 1
-    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1).contiguous()
+    array = np.asarray(upright_rgb(image, background))
+    planes = np.empty((3, *array.shape[:2]), dtype=np.float32)
+    for top in range(0, len(array), _ROWS_AT_ONCE):
+        rows = slice(top, top + _ROWS_AT_ONCE)
+        planes[:, rows] = _VALUE_OF_BYTE[array[rows]].transpose(2, 0, 1)
+    return torch.from_numpy(planes)
 
 
 def _to_importance(image: ImageLike) -> Tensor:

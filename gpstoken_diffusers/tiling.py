@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +34,46 @@ def cut_tiles(canvas: Tensor, tile_grid: tuple[int, int]) -> Tensor:
     batch_size, channels, height, width = canvas.shape
     tiles = canvas.reshape(batch_size, channels, rows, height // rows, cols, width // cols)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // rows, width // cols)
+
+
+def take_tiles(images: Tensor, tile_size: int, tiles: slice, dtype: torch.dtype | None = None) -> Tensor:
+    """Some of the tiles of images, padded as [`pad_to_tiles`] does: what is copied is these tiles alone.
+
+    Args:
+        images: (B, C, H, W).
+        tile_size: in pixels.
+        tiles: which of the B rows columns tiles, image outermost, then row, then column; start and stop given.
+        dtype: of the result; None is that of the images.
+
+    Returns: (n, C, tile_size, tile_size).
+    """
+    rows, cols = tile_grid_for(*images.shape[-2:], tile_size)
+    start, stop = tiles.start, min(tiles.stop, len(images) * rows * cols)
+    if start % (rows * cols) == 0 and stop % (rows * cols) == 0:
+        first, last = start // (rows * cols), stop // (rows * cols)
+        whole = images if last - first == len(images) else images[first:last]
+        whole = pad_to_tiles(whole.to(dtype or images.dtype), tile_size)
+        return whole if rows * cols == 1 else cut_tiles(whole, (rows, cols))
+    parts = []
+    while start < stop:
+        row, col = divmod(start, cols)  # of all images, one below the other
+        count = min(cols - col, stop - start)
+        image, row = divmod(row, rows)
+        top, left = row * tile_size, col * tile_size
+        strip = images[image : image + 1, :, top : top + tile_size, left : left + count * tile_size]
+        parts.append(cut_tiles(pad_to_tiles(strip.to(dtype or images.dtype), tile_size), (1, count)))
+        start += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def put_tiles(canvas: Tensor, tiles: Tensor, first: int, tile_grid: tuple[int, int]) -> None:
+    """Writes tiles (n, C, h, w) to their places in a canvas (B, C, rows h, cols w); `first` is the first's number."""
+    rows, cols = tile_grid
+    height, width = tiles.shape[-2:]
+    for number, tile in enumerate(tiles, first):
+        row, col = divmod(number, cols)
+        image, row = divmod(row, rows)
+        canvas[image, :, row * height : (row + 1) * height, col * width : (col + 1) * width] = tile
 
 
 def join_tiles(tiles: Tensor, tile_grid: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokens
 from gpstoken_diffusers.assets import DEMO_PHOTOGRAPH, MINI
 from gpstoken_diffusers.metrics import psnr
-from gpstoken_diffusers.models import decoding
+from gpstoken_diffusers.models import decoding, memory
 from gpstoken_diffusers.models.lattice_decoder import BACKGROUND_WEIGHT, map_geometry
 
 KINDS = (("map", "tile"), ("map", "merge"), ("lattice", "merge"))
@@ -153,7 +153,7 @@ def test_local_windows_are_exact_at_any_size(monkeypatch, size):
     assert len(windows) > 1
     # Two tiles of 8 map pixels and what the convolutions look at on both sides.
     assert max(max(window) for window in windows) <= 16 + 2 * model.decoder.receptive_px
-    monkeypatch.setattr(decoding, "TILES_AT_ONCE", 10**6)
+    monkeypatch.setattr(memory, "TILES_AT_ONCE", 10**6)
     windows.clear()
     whole = model.decode(tokens, size=size).sample
     assert len(windows) == 1
@@ -179,7 +179,7 @@ def test_merged_windows_at_another_size(monkeypatch):
     assert len(windows) == 4
     assert all(grid[0] <= 2 + 2 for _, grid in windows)  # with one tile around it
     windows.clear()
-    monkeypatch.setattr(decoding, "MERGED_WINDOW_TILES", 100)
+    monkeypatch.setattr(memory, "MERGED_WINDOW_TILES", 100)
     whole = model.decode(tokens, size=(448, 128)).sample
     assert windows == [((224, 64), (7, 2))]
     # The last normalisation is over a window of this rough noise instead of the picture, which scales its contrast (27%

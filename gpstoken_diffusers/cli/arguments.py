@@ -31,6 +31,7 @@ examples:
   gpstoken decode photo.safetensors -o photo.png
   gpstoken decode photo.safetensors -o photo.png --mode tile
   gpstoken decode photo.safetensors -o large.png --width 2048
+  gpstoken decode panorama.safetensors -o panorama.png --memory-budget 200MB
 """
 _RECONSTRUCT = """\
 Every picture x.jpg becomes OUT/x.jpg.png; OUT/metrics.csv and OUT/metrics.json hold PSNR, SSIM, size,
@@ -280,6 +281,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     _preset(group, "configuration of an official file, where its shapes and name do not tell")
     _hardware(group)
+    group.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="memory that the networks may work in, such as 500MB or 2GB, beside the weights and the picture itself: "
+        "less is slower, more hardly faster (default: what four tiles of a large picture take)",
+    )
     _common(parser)
 
 

@@ -118,11 +118,12 @@ class Codec:
 
 
 def load_codec(args: argparse.Namespace) -> Codec:
-    """Load what `--model`, `--preset`, `--device` and `--dtype` ask for.
+    """Load what `--model`, `--preset`, `--device` and `--dtype` ask for, to work in `--memory-budget`.
 
     Raises:
         OSError: no such model, or an incomplete or damaged one.
-        ValueError: a model of another kind, a device that is not there, options that do not go together.
+        ValueError: a model of another kind, a device that is not there, options that do not go together, a memory
+            budget that is no size or too small.
     """
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
@@ -140,6 +141,7 @@ def load_codec(args: argparse.Namespace) -> Codec:
         raise FileNotFoundError(f"the shipped model is not at {path}. Install the package again, or give --model.")
     else:
         raise FileNotFoundError(f"no model at {path}. Give a folder or an official .safetensors file.")
+    model.set_memory_budget(args.memory_budget)
     processor = processor_for(model, path)
     return Codec(name, model.to(device).eval(), processor)
 

@@ -15,13 +15,15 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from .. import convert
-from ..ops.partition import initial_gaussians, partition_image
-from ..tiling import cut_tiles, pad_to_tiles, tile_grid_for
+from ..ops.partition import initial_gaussians
+from ..tile_partition import partition_tiles
+from ..tiling import take_tiles, tile_grid_for
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
 from .decoding import DecodingMixin
 from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
+from .memory import MemoryBudgetMixin
 from .refinement import GaussianRefiner
 from .stem import ImageStem
 
@@ -42,14 +44,22 @@ class AutoencoderGPSTokenOutput(BaseOutput):
 
 
 class AutoencoderGPSToken(
-    DecodingMixin, SingleFileLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin
+    DecodingMixin,
+    MemoryBudgetMixin,
+    SingleFileLoadingMixin,
+    ModelMixin,
+    AttentionMixin,
+    AutoencoderMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
 ):
     r"""The GPSToken autoencoder (arXiv 2509.01109): an image becomes N Gaussians with a texture vector each.
 
     A greedy entropy-driven partition places the Gaussians, a transformer refines them and reads their texture, a
     splatting renderer paints them onto a feature map, a convolutional decoder makes the picture. Images larger than
     `sample_size` are cut into tiles whose tokens merge into one set; other sizes are padded and cropped back.
-    Decoding is in `models/decoding.py`.
+    Decoding is in `models/decoding.py`. Large images are worked off piece by piece; `set_memory_budget("1GB")` says how
+    much memory that may take ([`MemoryBudgetMixin`]).
 
     Args:
         in_channels, out_channels: image channels.
@@ -182,8 +192,8 @@ class AutoencoderGPSToken(
             return_dict: whether to return an [`AutoencoderGPSTokenOutput`] or a tuple.
 
         Raises:
-            ValueError: another shape, NaN pixels, regions that do not fit the image, or more tokens than an image of
-                this size has regions.
+            ValueError: another shape, NaN pixels, regions that do not fit the image, more tokens than an image of
+                this size has regions, or a memory budget that is too small.
         """
         config = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[1] != config.in_channels:
@@ -197,8 +207,6 @@ class AutoencoderGPSToken(
             )
         image_size = tuple(pixel_values.shape[-2:])
         tile_grid = tile_grid_for(*image_size, config.sample_size)
-        canvas = pad_to_tiles(pixel_values, config.sample_size)
-        tiles = cut_tiles(canvas, tile_grid)
         if importance is not None and importance.shape[-2:] != image_size:
             raise ValueError(
                 f"importance must have the images' height and width {image_size}, got {tuple(importance.shape)}."
@@ -206,63 +214,73 @@ class AutoencoderGPSToken(
         if regions is None:
             if geometry is not None:
                 raise ValueError("Initial Gaussians need the regions they came from: give both or neither.")
-            regions, geometry = self._partition(tiles, tile_grid, num_tokens, importance, importance_strength)
+            regions, geometry = self._partition(pixel_values, num_tokens, importance, importance_strength)
         else:
             if num_tokens is not None or importance is not None:
                 raise ValueError("num_tokens and importance choose a partition, but regions were given.")
-            regions, geometry = self._check_partition(regions, geometry, tiles)
+            count = len(pixel_values) * tile_grid[0] * tile_grid[1]
+            regions, geometry = self._check_partition(regions, geometry, count, pixel_values.device)
 
-        refined, texture = [], []
-        for chunk in self._chunks(len(tiles), tile_grid):
-            features = self.stem(tiles[chunk].to(self.dtype, memory_format=torch.channels_last))
-            outputs = self.refiner(features, geometry[chunk], regions[chunk])
-            refined.append(outputs[0])
-            texture.append(outputs[1])
-        refined, texture = torch.cat(refined), torch.cat(texture)
-        canvas_size = tuple(canvas.shape[-2:])
+        refined, texture = self._refine(pixel_values, geometry, regions, tile_grid)
+        canvas_size = (tile_grid[0] * config.sample_size, tile_grid[1] * config.sample_size)
         tokens = GPSTokens.merge_tiles(refined, texture, tile_grid, image_size, canvas_size)
         if not return_dict:
             return (tokens,)
         initial_tokens = GPSTokens.merge_tiles(geometry, texture, tile_grid, image_size, canvas_size)
         return AutoencoderGPSTokenOutput(tokens=tokens, initial_tokens=initial_tokens, regions=regions)
 
+    def _refine(
+        self, pixel_values: Tensor, geometry: Tensor, regions: Tensor, tile_grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Geometry (B tiles, n, 5) and texture (B tiles, n, C): some tiles at a time through stem and transformer."""
+        count = len(regions)
+        step = self._encoding_tiles(count, tile_grid, regions.shape[1])
+        refined = texture = None
+        for start in range(0, max(1, count), step):
+            chunk = slice(start, start + step)
+            tiles = take_tiles(pixel_values, self.config.sample_size, chunk)
+            features = self.stem(tiles.to(self.dtype, memory_format=torch.channels_last))
+            outputs = self.refiner(features, geometry[chunk], regions[chunk])
+            if step >= count:
+                return outputs
+            if refined is None:
+                refined, texture = (part.new_empty(count, *part.shape[1:]) for part in outputs)
+            refined[chunk], texture[chunk] = outputs
+        return refined, texture
+
     def _partition(
-        self,
-        tiles: Tensor,
-        tile_grid: tuple[int, int],
-        num_tokens: int | None,
-        importance: Tensor | None,
-        importance_strength: float,
+        self, pixel_values: Tensor, num_tokens: int | None, importance: Tensor | None, importance_strength: float
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         if importance is not None:
-            batch_size = len(tiles) // (tile_grid[0] * tile_grid[1])
-            maps = importance.to(tiles.device, torch.float32).reshape(-1, 1, *importance.shape[-2:])
-            maps = maps.expand(batch_size, -1, -1, -1)
-            importance = cut_tiles(pad_to_tiles(maps, config.sample_size), tile_grid)[:, 0]
-        return partition_image(
-            tiles.detach().float(),
+            maps = importance.to(pixel_values.device).reshape(-1, 1, *importance.shape[-2:])
+            importance = maps.expand(len(pixel_values), -1, -1, -1)
+        return partition_tiles(
+            pixel_values,
+            config.sample_size,
             config.num_tokens if num_tokens is None else num_tokens,
             min_region_size=config.min_region_size,
             entropy_exponent=config.entropy_exponent,
             importance=importance,
             importance_strength=importance_strength,
+            tiles_at_once=self._partition_tiles(),
         )
 
-    def _check_partition(self, regions: Tensor, geometry: Tensor | None, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        if regions.ndim != 3 or regions.shape[-1] != 4 or len(regions) != len(tiles) or regions.shape[1] == 0:
+    def _check_partition(
+        self, regions: Tensor, geometry: Tensor | None, count: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        if regions.ndim != 3 or regions.shape[-1] != 4 or len(regions) != count or regions.shape[1] == 0:
             raise ValueError(
-                f"regions must have the shape ({len(tiles)}, n, 4): one row of inclusive pixel indices x0, y0, x1, y1 "
-                f"per token of each of the {len(tiles)} tiles; got {tuple(regions.shape)}."
+                f"regions must have the shape ({count}, n, 4): one row of inclusive pixel indices x0, y0, x1, y1 "
+                f"per token of each of the {count} tiles; got {tuple(regions.shape)}."
             )
         if geometry is None:
-            geometry = initial_gaussians(regions, *tiles.shape[-2:])
+            geometry = initial_gaussians(regions, self.config.sample_size, self.config.sample_size)
         if geometry.shape != (*regions.shape[:2], GEOMETRY_CHANNELS):
             raise ValueError(
                 f"geometry must have the shape {(*regions.shape[:2], GEOMETRY_CHANNELS)} to go with the regions, got "
                 f"{tuple(geometry.shape)}."
             )
-        device = tiles.device
         return regions.to(device), geometry.to(device, torch.float32)
 
     def forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 
 import torch
@@ -12,20 +11,20 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from ..ops.splat import splat_gaussians
-from ..tiling import join_tiles
+from ..tiling import put_tiles
 from ..tokens import GPSTokens
-from .lattice_decoder import Size, map_geometry
+from .lattice_decoder import map_geometry
+from .windows import Size, Window, touches, window_geometry, windows_on_cells
 
-# Tiles that pass through the networks at once when an image has several, and the side, in tiles, of the window that a
-# merged or a local decoding covers at once. Together they bound the memory, whatever the image's size. At another
-# size, these are so many tiles' worth of map pixels.
-TILES_AT_ONCE = 4
-MERGED_WINDOW_TILES = 4
-LOCAL_WINDOW_TILES = 2
+# So many are looked through at once for those that reach a window.
+TOKENS_AT_ONCE = 2**15
 
 
 class DecodingMixin:
-    """The decoding half of [`AutoencoderGPSToken`]; reads its `config`, `decoder`, `use_slicing` and `use_tiling`."""
+    """The decoding half of [`AutoencoderGPSToken`]; reads its `config`, `decoder` and `use_tiling`.
+
+    How many tiles pass at once and how large windows are is up to [`MemoryBudgetMixin`].
+    """
 
     @apply_forward_hook
     def decode(
@@ -49,8 +48,8 @@ class DecodingMixin:
         Returns: `sample` (B, out_channels, height, width) around [-1, 1], not clamped.
 
         Raises:
-            ValueError: another number of texture channels, a canvas that is not whole tiles, an unknown mode, or a
-                size below 1.
+            ValueError: another number of texture channels, a canvas that is not whole tiles, an unknown mode, a size
+                below 1, or a memory budget that is too small.
             TypeError: a size that is not two ints.
 
         Another size: Gaussians have no pixels, so they are splatted onto a feature map that is larger or smaller by
@@ -97,31 +96,41 @@ class DecodingMixin:
 
         Returns: (B, texture_channels, rows height, cols width) in the tokens' dtype, accumulated in float32.
         """
-        own = tuple(tiles * self.config.map_size for tiles in tokens.tile_grid)
-        geometry, size = tokens.geometry, own
-        if tile_size is not None:
-            size = tuple(tiles * side for tiles, side in zip(tokens.tile_grid, tile_size, strict=True))
-        if size != own:
-            # The coordinates end at the centres of the first and last map pixel, which lie elsewhere in a finer map.
-            geometry = map_geometry(geometry, own, size)
-        return splat_gaussians(geometry, tokens.texture, *size, self.config.support)
+        tile_size = tile_size or (self.config.map_size, self.config.map_size)
+        map_size = tuple(tiles * side for tiles, side in zip(tokens.tile_grid, tile_size, strict=True))
+        geometry = self._geometry_on_map(tokens, map_size)
+        return splat_gaussians(geometry, tokens.texture, *map_size, self.config.support)
 
     def _decode_map(self, tokens: GPSTokens, mode: str, scale: tuple[Fraction, Fraction]) -> Tensor:
-        config, grid = self.config, tokens.tile_grid
-        tile_size = _scaled((config.map_size, config.map_size), scale)
-        if mode == "tile" or grid == (1, 1):
-            geometry, texture = tokens.split_tiles()
-            canvas_size = (config.sample_size, config.sample_size)
-            tiles = []
-            for chunk in self._chunks(len(geometry), grid, tile_size):
-                feature_map = self.render(GPSTokens(geometry[chunk], texture[chunk], canvas_size), tile_size)
-                tiles.append(self.decoder(feature_map.to(self.dtype, memory_format=torch.channels_last)))
-            return join_tiles(torch.cat(tiles), grid)
-        window_tiles = min(MERGED_WINDOW_TILES, max(1, MERGED_WINDOW_TILES * config.map_size // max(tile_size)))
-        if max(grid) <= window_tiles + 2:
-            feature_map = self.render(tokens, tile_size).to(self.dtype, memory_format=torch.channels_last)
-            return self.decoder(feature_map, grid)
+        tile_size = _scaled((self.config.map_size, self.config.map_size), scale)
+        if mode == "tile" or tokens.tile_grid == (1, 1):
+            return self._decode_tiles(tokens, tile_size)
+        window_tiles = self._merged_window(tokens.tile_grid, tile_size)
+        if window_tiles is None:
+            # A budget is for one picture in one pass; without one, all pictures of a batch go together.
+            together = [tokens] if self.memory_budget is None else tokens
+            maps = (self.render(part, tile_size).to(self.dtype, memory_format=torch.channels_last) for part in together)
+            pictures = [self.decoder(feature_map, tokens.tile_grid) for feature_map in maps]
+            return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
         return self._decode_merged_windows(tokens, tile_size, window_tiles)
+
+    def _decode_tiles(self, tokens: GPSTokens, tile_size: Size) -> Tensor:
+        """Tile by tile, some at a time. tile_size: (height, width) of a tile in map pixels."""
+        grid, canvas_size = tokens.tile_grid, (self.config.sample_size, self.config.sample_size)
+        geometry, texture = tokens.split_tiles()
+        canvas = None
+        step = self._map_tiles(len(geometry), grid, tile_size)
+        for start in range(0, len(geometry), step):
+            chunk = slice(start, start + step)
+            feature_map = self.render(GPSTokens(geometry[chunk], texture[chunk], canvas_size), tile_size)
+            tiles = self.decoder(feature_map.to(self.dtype, memory_format=torch.channels_last))
+            if grid == (1, 1) and len(tiles) == len(geometry):
+                return tiles
+            if canvas is None:
+                map_size = (grid[0] * tile_size[0], grid[1] * tile_size[1])
+                canvas = self._empty_canvas(tiles, tokens.batch_size, map_size)
+            put_tiles(canvas, tiles, start, grid)
+        return canvas
 
     def _decode_merged_windows(self, tokens: GPSTokens, tile_size: Size, window_tiles: int) -> Tensor:
         """Merged decoding of a large canvas, a window of tiles at a time with one tile around it.
@@ -131,74 +140,114 @@ class DecodingMixin:
 
         tile_size: (height, width) of a tile in map pixels.
         """
-        (rows, cols), (map_height, map_width) = tokens.tile_grid, tile_size
-        upscale = self.config.sample_size // self.config.map_size
-        height, width = map_height * upscale, map_width * upscale
-        feature_map = self.render(tokens, tile_size)
-        canvas = feature_map.new_empty(
-            (tokens.batch_size, self.config.out_channels, rows * height, cols * width), dtype=self.dtype
-        )
-        for row in range(0, rows, window_tiles):
-            for col in range(0, cols, window_tiles):
-                bottom, right = min(row + window_tiles, rows), min(col + window_tiles, cols)
-                top_halo, left_halo = max(row - 1, 0), max(col - 1, 0)
-                bottom_halo, right_halo = min(bottom + 1, rows), min(right + 1, cols)
-                window = feature_map[
-                    ...,
-                    top_halo * map_height : bottom_halo * map_height,
-                    left_halo * map_width : right_halo * map_width,
-                ]
-                grid = (bottom_halo - top_halo, right_halo - left_halo)
-                picture = self.decoder(window.to(self.dtype, memory_format=torch.channels_last), grid)
-                top, left = (row - top_halo) * height, (col - left_halo) * width
-                canvas[..., row * height : bottom * height, col * width : right * width] = picture[
-                    ..., top : top + (bottom - row) * height, left : left + (right - col) * width
-                ]
+        rows, cols = tokens.tile_grid
+        map_height, map_width = tile_size
+        map_size = (rows * map_height, cols * map_width)
+        geometry = self._geometry_on_map(tokens, map_size)
+        canvas = None
+        for image in range(tokens.batch_size):
+            for top in range(0, rows, window_tiles):
+                for left in range(0, cols, window_tiles):
+                    bottom, right = min(top + window_tiles, rows), min(left + window_tiles, cols)
+                    inner, painted = (
+                        Window(y0 * map_height, x0 * map_width, y1 * map_height, x1 * map_width)
+                        for y0, x0, y1, x1 in (
+                            (top, left, bottom, right),
+                            (max(top - 1, 0), max(left - 1, 0), min(bottom + 1, rows), min(right + 1, cols)),
+                        )
+                    )
+                    feature_map = self._render_window(geometry[image], tokens.texture[image], map_size, painted)
+                    grid = (painted.size[0] // map_height, painted.size[1] // map_width)
+                    picture = self.decoder(feature_map.to(self.dtype, memory_format=torch.channels_last), grid)
+                    if canvas is None:
+                        canvas = self._empty_canvas(picture, tokens.batch_size, map_size)
+                    self._put_window(canvas[image], picture[0], inner, painted)
         return canvas
+
+    def _render_window(self, geometry: Tensor, texture: Tensor, map_size: Size, window: Window) -> Tensor:
+        """What [`render`] paints in a window, by the tokens that reach it: (1, texture_channels, window's h, w).
+
+        geometry: (N, 5) in coordinates of the map of `map_size`; texture: (N, texture_channels).
+        """
+        own = window_geometry(geometry, map_size, window)
+        near = touches(own, self.config.support, 0.0, window.size)
+        return splat_gaussians(own[near][None], texture[near][None], *window.size, self.config.support)
 
     def _decode_local(self, tokens: GPSTokens, scale: tuple[Fraction, Fraction]) -> Tensor:
-        """Decodes with the lattice decoder: painted once, convolved window by window where the canvas is large."""
-        tile = self.config.map_size
-        map_size = _scaled(tuple(tiles * tile for tiles in tokens.tile_grid), scale)
-        large = map_size[0] * map_size[1] > TILES_AT_ONCE * tile**2
-        parts = []
-        for chunk in self._chunks(tokens.batch_size, (1, 1), map_size):
-            geometry, texture = tokens.geometry[chunk], tokens.texture[chunk].to(self.dtype)
-            decode = self._decode_local_windows if large else self.decoder
-            parts.append(decode(geometry, texture, map_size, tokens.canvas_size))
-        return torch.cat(parts)
+        """Decodes with the lattice decoder: in one pass, or window by window where the canvas is large."""
+        map_size = _scaled(tuple(tiles * self.config.map_size for tiles in tokens.tile_grid), scale)
+        density = tokens.num_tokens / (map_size[0] * map_size[1])
+        longest = self._local_window(map_size, density)
+        if longest is not None:
+            return self._decode_local_windows(tokens, map_size, longest)
+        step, parts = self._local_images(tokens.batch_size, map_size, density), []
+        for start in range(0, tokens.batch_size, step):
+            chunk = slice(start, start + step)
+            texture = tokens.texture[chunk].to(self.dtype)
+            parts.append(self.decoder(tokens.geometry[chunk], texture, map_size, tokens.canvas_size))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode_local_windows(self, geometry: Tensor, texture: Tensor, map_size: Size, canvas_size: Size) -> Tensor:
-        """Window by window with as much of the map around it as the convolutions look at: the same picture."""
-        decoder, (height, width) = self.decoder, map_size
-        halo, upscale, side = decoder.receptive_px, decoder.upscale, LOCAL_WINDOW_TILES * self.config.map_size
-        feature_map = decoder.paint(geometry, texture, map_size, canvas_size).to(self.dtype)
-        canvas = feature_map.new_empty(len(geometry), self.config.out_channels, height * upscale, width * upscale)
-        for top in range(0, height, side):
-            for left in range(0, width, side):
-                bottom, right = min(top + side, height), min(left + side, width)
-                y0, x0 = max(top - halo, 0), max(left - halo, 0)
-                window = feature_map[..., y0 : bottom + halo, x0 : right + halo]
-                picture = decoder.render(window.contiguous(memory_format=torch.channels_last))
-                canvas[..., top * upscale : bottom * upscale, left * upscale : right * upscale] = picture[
-                    ...,
-                    (top - y0) * upscale : (bottom - y0) * upscale,
-                    (left - x0) * upscale : (right - x0) * upscale,
-                ]
+    def _decode_local_windows(self, tokens: GPSTokens, map_size: Size, longest: int) -> Tensor:
+        """Window by window with as much of the map around it as the convolutions look at: the same picture.
+
+        longest: side of a painted window, in map pixels.
+        """
+        decoder = self.decoder
+        canvas = self._empty_canvas(tokens.texture.to(self.dtype), tokens.batch_size, map_size)
+        for image in range(tokens.batch_size):
+            geometry, texture = tokens.geometry[image], tokens.texture[image].to(self.dtype)
+            whole = None
+            if self._is_painted_at_once(map_size):
+                whole = decoder.paint(geometry[None], texture[None], map_size, tokens.canvas_size).to(self.dtype)
+            for row in windows_on_cells(map_size, longest, decoder.cell_px):
+                # Tokens of a row of windows are found once, so that the search does not grow with the picture squared.
+                strip = Window(row[0].painted.top, 0, row[0].painted.bottom, map_size[1])
+                near = None if whole is not None else self._tokens_near(geometry, texture, tokens, map_size, strip)
+                for inner, painted in row:
+                    self._put_window(canvas[image], self._draw_window(whole, near, map_size, painted), inner, painted)
         return canvas
 
-    def _chunks(self, count: int, tile_grid: tuple[int, int], map_size: Size | None = None) -> Iterator[slice]:
-        """Splits a batch of tiles: all at once for images of one tile, a few at a time for larger ones.
+    def _tokens_near(
+        self, geometry: Tensor, texture: Tensor, tokens: GPSTokens, map_size: Size, window: Window
+    ) -> tuple[Tensor, Tensor]:
+        """Geometry (n, 5), in coordinates of the map, and texture (n, C) of the tokens that may paint into a window.
 
-        map_size: (height, width) of each in map pixels, if larger than usual: then fewer at a time.
+        Some tokens at a time: a large picture has hundreds of thousands, and the search makes several copies.
         """
-        if self.use_slicing:
-            step = 1
+        found = []
+        for start in range(0, len(geometry), TOKENS_AT_ONCE):
+            chunk = slice(start, start + TOKENS_AT_ONCE)
+            moved = map_geometry(geometry[chunk], tokens.canvas_size, map_size)
+            near = self.decoder.reaches(moved, map_size, window)
+            found.append((moved[near], texture[chunk][near]))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def _draw_window(
+        self, whole: Tensor | None, tokens: tuple[Tensor, Tensor] | None, map_size: Size, window: Window
+    ) -> Tensor:
+        """The picture (out_channels, height, width) of a window, of the painted map or else of tokens near it."""
+        if whole is None:
+            feature_map = self.decoder.paint_window(*tokens, map_size, window)
         else:
-            step = count if tile_grid == (1, 1) else TILES_AT_ONCE
-        if map_size is not None and tile_grid != (1, 1):
-            step = max(1, min(step, TILES_AT_ONCE * self.config.map_size**2 // (map_size[0] * map_size[1])))
-        return (slice(start, start + step) for start in range(0, count, step))
+            feature_map = whole[..., window.top : window.bottom, window.left : window.right]
+        feature_map = feature_map.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return self.decoder.render(feature_map)[0]
+
+    def _geometry_on_map(self, tokens: GPSTokens, map_size: Size) -> Tensor:
+        own = tuple(tiles * self.config.map_size for tiles in tokens.tile_grid)
+        # The coordinates end at the centres of the first and last map pixel, which lie elsewhere in a finer map.
+        return tokens.geometry if map_size == own else map_geometry(tokens.geometry, own, map_size)
+
+    def _empty_canvas(self, like: Tensor, batch_size: int, map_size: Size) -> Tensor:
+        upscale = self.config.sample_size // self.config.map_size
+        return like.new_empty(batch_size, self.config.out_channels, *(side * upscale for side in map_size))
+
+    def _put_window(self, canvas: Tensor, picture: Tensor, inner: Window, painted: Window) -> None:
+        """Writes the inner part of what a painted window gave to its place; both (out_channels, height, width)."""
+        upscale = self.config.sample_size // self.config.map_size
+        top, left, bottom, right = (side * upscale for side in inner)
+        y0, x0 = painted.top * upscale, painted.left * upscale
+        canvas[:, top:bottom, left:right] = picture[:, top - y0 : bottom - y0, left - x0 : right - x0]
 
 
 def _checked_size(size: Size) -> Size:

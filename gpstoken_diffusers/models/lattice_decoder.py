@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,8 +12,7 @@ from ..ops.pixel_norm import pixel_norm
 from ..ops.splat import splat_gaussians
 from ..tokens import CENTER, RHO, SIGMA
 from .attention import FeedForward, autocast_disabled
-
-Size = tuple[int, int]  # height, width
+from .windows import Size, Window, touches, window_geometry
 
 # A region reaches 1.5 sigma from its centre (its initial sigma is a third of its extent), so the lattice does too.
 REACH_SIGMAS = 1.5
@@ -161,6 +162,11 @@ class LatticeDecoder(nn.Module):
         fine = 1 + 2 * len(self.fine_blocks)
         return coarse + (fine + 1) // 2
 
+    @property
+    def cell_px(self) -> int:
+        """Side in map pixels of the squares that large maps are painted in, see [`paint_window`]."""
+        return 2 * self.receptive_px
+
     def paint(
         self, geometry: Tensor, texture: Tensor, map_size: Size, canvas_size: Size | None = None
     ) -> Tensor:
@@ -172,15 +178,71 @@ class LatticeDecoder(nn.Module):
         height, width = map_size
         image_size = (height * self.upscale, width * self.upscale) if canvas_size is None else canvas_size
         geometry = map_geometry(geometry.float(), image_size, map_size)
+        return self._splat(geometry, self._lattice_features(geometry, texture, map_size), map_size)
+
+    def paint_window(self, geometry: Tensor, texture: Tensor, map_size: Size, window: Window) -> Tensor:
+        """Splats what is seen in a window of a map: -> (1, lattice_channels + 1, window's h, w) float32.
+
+        The map is painted in cells of `cell_px` squared, each in coordinates of its own by the tokens that reach it, so
+        that a map pixel comes out the same bit for bit whichever window shows it. Against [`paint`] of the whole map,
+        places are rounded otherwise, by 1e-4 map pixels: where that moves the end of a lattice point's box over a map
+        pixel's centre, that pixel gains or loses the last exp(-support^2 / 2) of the point's weight.
+
+        Args:
+            geometry: (N, 5) float32 in coordinates of the whole map, as [`map_geometry`] gives them.
+            texture: (N, in_channels).
+            map_size: (height, width) of the whole map.
+            window: its top and left on whole cells.
+        """
+        near = self.reaches(geometry, map_size, window)
+        geometry, texture = geometry[near], texture[near]
+        features = self._lattice_features(geometry, texture, map_size)
+        # Stands for no token where a cell has fewer than its neighbours: far outside.
+        nothing = geometry.new_tensor([0.0, 0.0, 0.0, 8.0, 8.0]).expand(1, 5)
+        features = torch.cat([features, features.new_zeros(1, *features.shape[1:])])
+        cell, rows = self.cell_px, []
+        for top in range(window.top, window.bottom, cell):
+            # A row of cells at a time: some hold many tokens, and all are padded to the fullest.
+            cells = [Window(top, left, top + cell, left + cell) for left in range(window.left, window.right, cell)]
+            own = [window_geometry(geometry, map_size, place) for place in cells]
+            reaching = torch.stack([self._touches(moved, (cell, cell)) for moved in own])
+            count = reaching.sum(1)
+            listed = torch.arange(int(count.max()), device=count.device) < count[:, None]
+            index = torch.full(listed.shape, len(geometry), device=count.device)
+            index[listed] = reaching.nonzero()[:, 1]
+            own = torch.stack([torch.cat([moved, nothing])[chosen] for moved, chosen in zip(own, index, strict=True)])
+            painted = self._splat(own, features[index], (cell, cell))
+            rows.append(torch.cat(painted.unbind(), dim=-1))
+        height, width = window.size
+        return torch.cat(rows, dim=-2)[None, :, :height, :width]
+
+    def reaches(self, geometry: Tensor, map_size: Size, window: Window) -> Tensor:
+        """(N,) bool: which tokens may paint into a window; geometry (N, 5) in coordinates of the whole map."""
+        return self._touches(window_geometry(geometry, map_size, window), window.size)
+
+    def _touches(self, geometry: Tensor, size: Size) -> Tensor:
+        # The outermost lattice points and their boxes; sqrt(2) is how far a shear can carry a corner along y.
+        sigmas = REACH_SIGMAS * (math.sqrt(2) * (1 - 1 / self.lattice_size) + self.support / self.lattice_size)
+        return touches(geometry, sigmas, self.support * ANTIALIAS_PX, size)
+
+    def _lattice_features(self, geometry: Tensor, texture: Tensor, map_size: Size) -> Tensor:
+        """What each lattice point paints: -> (..., N, lattice_size^2, lattice_channels + 1) float32, the last 1.
+
+        geometry: (..., N, 5) float32 in coordinates of the whole map; texture: (..., N, in_channels).
+        """
         # Shape in units of map pixels, so that a token means the same in an image of any size.
-        pixels = geometry.new_tensor([max(width - 1, 1) / 2, max(height - 1, 1) / 2])
+        pixels = geometry.new_tensor([max(side - 1, 1) / 2 for side in reversed(map_size)])
         shape = torch.cat([torch.log2(geometry[..., SIGMA] * pixels), geometry[..., RHO : RHO + 1]], dim=-1)
         features = self.unfold_texture(torch.cat([texture, shape.to(texture.dtype)], dim=-1))
+        features = features.float().unflatten(-1, (self.lattice_size**2, -1))
+        return torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
+
+    def _splat(self, geometry: Tensor, features: Tensor, size: Size) -> Tensor:
+        """Geometry (B, N, 5) in coordinates of a map or window of `size`, with its features -> that map, painted."""
+        height, width = size
         with autocast_disabled(features):
-            features = features.float().unflatten(-1, (self.lattice_size**2, -1)).flatten(1, 2)
-            features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
             lattice = unfold_lattice(geometry, self.lattice_size, height, width)
-            painted = splat_gaussians(lattice, features, height, width, self.support)
+            painted = splat_gaussians(lattice, features.flatten(1, 2), height, width, self.support)
             weight = painted[:, -1:] + BACKGROUND_WEIGHT
             return torch.cat([painted[:, :-1] / weight, torch.log(weight)], dim=1)
 
