@@ -281,6 +281,8 @@ BAD_CALLS = {
         ValueError,
         "canvas",
     ),
+    "no image": (lambda m: m.encode(torch.zeros(0, 3, 32, 32)), ValueError, r"no image: their shape is \(0, 3, 32, 32"),
+    "tokens of no image": (lambda m: m.decode(torch.rand(0, 6, 9)), ValueError, "the batch is empty"),
     "mode": (lambda m: m.decode(torch.rand(1, 6, 9), mode="seamless"), ValueError, '"merge" or "tile"'),
 }
 

@@ -192,14 +192,16 @@ class AutoencoderGPSToken(
             return_dict: whether to return an [`AutoencoderGPSTokenOutput`] or a tuple.
 
         Raises:
-            ValueError: another shape, NaN pixels, regions that do not fit the image, more tokens than an image of
-                this size has regions, or a memory budget that is too small.
+            ValueError: another shape, no image, NaN pixels, regions that do not fit the image, more tokens than an
+                image of this size has regions, or a memory budget that is too small.
         """
         config = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[1] != config.in_channels:
             raise ValueError(
                 f"pixel_values must have the shape (B, {config.in_channels}, H, W), got {tuple(pixel_values.shape)}."
             )
+        if len(pixel_values) == 0:
+            raise ValueError(f"pixel_values hold no image: their shape is {tuple(pixel_values.shape)}.")
         if not pixel_values.is_floating_point():
             raise TypeError(
                 f"pixel_values must be floating point in [-1, 1], got {pixel_values.dtype}. "
