@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import gpstoken_diffusers
 from gpstoken_diffusers.benchmark.measure import RETURNS_MEMORY
 from gpstoken_diffusers.ops import native
 
@@ -52,9 +53,11 @@ def working_mb(model, image, mode=None):
 
 
 def in_fresh_process(code: str) -> dict:
-    environment = {**os.environ, **RETURNS_MEMORY, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    # The package that is tested here: a checkout beside an installed one has no native library.
+    package = Path(gpstoken_diffusers.__file__).resolve().parents[1]
+    environment = {**os.environ, **RETURNS_MEMORY, "PYTHONPATH": str(package)}
     command = [sys.executable, "-W", "ignore", "-c", _SETUP + code + "\nprint(json.dumps(result))"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
