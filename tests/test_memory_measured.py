@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from package_process import run_code
 
-import gpstoken_diffusers
 from gpstoken_diffusers.benchmark.measure import RETURNS_MEMORY
 from gpstoken_diffusers.ops import native
 
@@ -53,11 +50,7 @@ def working_mb(model, image, mode=None):
 
 
 def in_fresh_process(code: str) -> dict:
-    # The package that is tested here: a checkout beside an installed one has no native library.
-    package = Path(gpstoken_diffusers.__file__).resolve().parents[1]
-    environment = {**os.environ, **RETURNS_MEMORY, "PYTHONPATH": str(package)}
-    command = [sys.executable, "-W", "ignore", "-c", _SETUP + code + "\nprint(json.dumps(result))"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
+    done = run_code(_SETUP + code + "\nprint(json.dumps(result))", **RETURNS_MEMORY)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from package_process import run_code
 
 import gpstoken_diffusers
 from gpstoken_diffusers.ops import native
@@ -194,8 +195,6 @@ def test_importing_says_nothing_and_pulls_in_no_compiler() -> None:
         "splat_gaussians(g, torch.ones(1, 2, 3), 4, 4).sum().backward()\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    folder = Path(__file__).parent  # not the root, whose package folder would hide the installed one
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "" and (native.library("cpu") is None or result.stderr == "")

@@ -6,9 +6,7 @@ No GPU is needed. Tests that compile skip without NVRTC (nvidia-cuda-nvrtc-cu12,
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import torch
 from emulation.toolchain import CSRC, find_compiler
 from nvrtc_cases import Launch, all_launches, build_host, compiler_or_skip, load_host
+from package_process import run_code
 
 import gpstoken_diffusers
 from gpstoken_diffusers.ops import native, nvrtc
@@ -187,9 +186,7 @@ def test_nothing_is_loaded_before_a_gpu_wants_it() -> None:
         "new = [line.split()[-1] for line in open('/proc/self/maps') if line not in before]\n"
         "print([path for path in new if 'nvrtc' in path or 'libcuda' in path])"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    folder = Path(__file__).parent  # not the root, whose package folder would hide the installed one
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
+    done = run_code(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torchvision
+from package_process import run_code_on
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -127,14 +125,9 @@ print(native.library("cpu").gpstoken_cpu_isa().decode())
 @needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    folder = os.path.dirname(__file__)
-    environment = {**os.environ, "GPSTOKEN_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([folder, *sys.path])}
-    result = subprocess.run(
-        [sys.executable, "-c", ONE_INSTRUCTION_SET], env=environment, cwd=folder, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    if result.stdout.strip() != isa:
-        pytest.skip(f"this processor has no {isa}; {result.stdout.strip()} was tested in its place")
+    used = run_code_on(isa, ONE_INSTRUCTION_SET)
+    if used != isa:
+        pytest.skip(f"this processor has no {isa}; {used} was tested in its place")
 
 
 @needs_native
