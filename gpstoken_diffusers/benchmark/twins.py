@@ -109,7 +109,8 @@ def plain_decoder(model: AutoencoderGPSToken, feature_map: Tensor) -> Tensor:
         for block in stage.blocks:
             x = _decoder_block(block, x)
         if stage.conv_up is not None:
-            x = stage.conv_up(F.interpolate(x, scale_factor=2, mode="nearest"))
+            enlarged = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = F.conv2d(enlarged, stage.conv_up.weight, stage.conv_up.bias, padding=1)
     return decoder.conv_out(_tile_norm(decoder.norm_out, x))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from .enlarging_conv import EnlargingConv2d
 from .group_norm import GroupNorm, TileGroupNorm
 from .stem import GROUP_NORM_EPS, GROUPS
 
@@ -71,13 +71,13 @@ class DecoderStage(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
         self.blocks = nn.ModuleList(DecoderBlock(a, b) for a, b in pairwise(widths))
-        self.conv_up = nn.Conv2d(out_channels, out_channels, 3, padding=1) if upsample else None
+        self.conv_up = EnlargingConv2d(out_channels, out_channels) if upsample else None
 
     def forward(self, x: Tensor, tile_grid: Grid) -> Tensor:
         for block in self.blocks:
             x = block(x, tile_grid)
         if self.conv_up is not None:
-            x = self.conv_up(F.interpolate(x, scale_factor=2, mode="nearest"))
+            x = self.conv_up(x)
         return x
 
 
