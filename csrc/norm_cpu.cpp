@@ -14,6 +14,11 @@
 namespace gpstoken {
 namespace {
 
+// Of each channel over some pixels: how many they are, the mean, the sum of squares around it.
+struct Moments {
+    double count, *mean, *squares;
+};
+
 // ---- one copy of the inner loops per instruction set ----
 
 #define GPSTOKEN_KERNEL_FILE "norm_cpu_kernel.h"
@@ -21,29 +26,35 @@ namespace {
 
 template <class T>
 struct Kernels {
-    decltype(&baseline::pixel_norm_rows<T>) pixel_norm_rows;
-    decltype(&baseline::pixel_norm_backward_rows<T>) pixel_norm_backward_rows;
-    decltype(&baseline::group_moments<T>) group_moments;
-    decltype(&baseline::channel_norm_rows<T>) channel_norm_rows;
-    decltype(&baseline::tile_norm_row<T>) tile_norm_row;
-    decltype(&baseline::channel_norm_sums<T>) channel_norm_sums;
-    decltype(&baseline::channel_norm_backward_rows<T>) channel_norm_backward_rows;
+    decltype(&baseline::pixel_norm_rows<T, true>) pixel_norm_rows;
+    decltype(&baseline::pixel_norm_backward_rows<T, true>) pixel_norm_backward_rows;
+    decltype(&baseline::channel_moments<T>) channel_moments;
+    decltype(&baseline::add_moments) add_moments;
+    decltype(&baseline::channel_norm_rows<T, true>) channel_norm_rows;
+    decltype(&baseline::tile_norm_row<T, true>) tile_norm_row;
+    decltype(&baseline::channel_norm_sums<T, true>) channel_norm_sums;
+    decltype(&baseline::channel_norm_backward_rows<T, true>) channel_norm_backward_rows;
 };
 
-#define GPSTOKEN_NORM_KERNELS(isa)                                                              \
-    {                                                                                           \
-        isa::pixel_norm_rows<T>, isa::pixel_norm_backward_rows<T>, isa::group_moments<T>,       \
-            isa::channel_norm_rows<T>, isa::tile_norm_row<T>, isa::channel_norm_sums<T>,        \
-            isa::channel_norm_backward_rows<T>                                                  \
+#define GPSTOKEN_NORM_KERNELS(isa)                                                                               \
+    {                                                                                                            \
+        isa::pixel_norm_rows<T, kSilu>, isa::pixel_norm_backward_rows<T, kSilu>, isa::channel_moments<T>,        \
+            isa::add_moments, isa::channel_norm_rows<T, kSilu>, isa::tile_norm_row<T, kSilu>,                    \
+            isa::channel_norm_sums<T, kSilu>, isa::channel_norm_backward_rows<T, kSilu>                          \
     }
 
-template <class T>
-Kernels<T> kernels() {
+template <class T, bool kSilu>
+Kernels<T> best_kernels() {
 #if defined(GPSTOKEN_X86_DISPATCH)
     if (best_isa() == Isa::kAvx512) return GPSTOKEN_NORM_KERNELS(avx512);
     if (best_isa() == Isa::kAvx2) return GPSTOKEN_NORM_KERNELS(avx2);
 #endif
     return GPSTOKEN_NORM_KERNELS(baseline);
+}
+
+template <class T>
+Kernels<T> kernels(bool silu) {
+    return silu ? best_kernels<T, true>() : best_kernels<T, false>();
 }
 
 // ---- blocks of pixels ----
@@ -71,10 +82,10 @@ void pixel_norm(const T* x, const float* weight, const float* bias, T* out, int6
     const int threads = useful_threads(P * C, num_threads);
     const Buffer w = padded_copy(weight, C, padded), b = padded_copy(bias, C, padded);
     const Buffer scratch = make_buffer(threads * padded);
-    const auto k = kernels<T>();
+    const auto k = kernels<T>(silu);
     parallel_for(blocks_of(P), threads, [&](int64_t block, int worker) {
         const int64_t first = block * kPixelsPerBlock * C;
-        k.pixel_norm_rows(x + first, w.get(), b.get(), out + first, block_size(block, P), C, padded, eps, silu,
+        k.pixel_norm_rows(x + first, w.get(), b.get(), out + first, block_size(block, P), C, padded, eps,
                           scratch.get() + worker * padded);
     });
 }
@@ -87,13 +98,13 @@ void pixel_norm_backward(const T* x, const float* weight, const float* bias, con
     const int threads = useful_threads(P * C, num_threads);
     const Buffer w = padded_copy(weight, C, padded), b = padded_copy(bias, C, padded);
     const Buffer scratch = make_buffer(threads * 2 * padded), sums = make_buffer(blocks * 2 * padded);
-    const auto k = kernels<T>();
+    const auto k = kernels<T>(silu);
     parallel_for(blocks, threads, [&](int64_t block, int worker) {
         const int64_t first = block * kPixelsPerBlock * C;
         float* own = sums.get() + block * 2 * padded;
         std::fill(own, own + 2 * padded, 0.0f);
         k.pixel_norm_backward_rows(x + first, w.get(), b.get(), grad_out + first, grad_x + first, own, own + padded,
-                                   block_size(block, P), C, padded, eps, silu, scratch.get() + worker * 2 * padded);
+                                   block_size(block, P), C, padded, eps, scratch.get() + worker * 2 * padded);
     });
     std::vector<double> totals(static_cast<size_t>(2 * padded), 0.0);
     for (int64_t block = 0; block < blocks; ++block)
@@ -113,38 +124,43 @@ struct Sizes {
 // Mean and biased variance of each group in each tile, both (B, G, rows, cols).
 template <class T>
 void group_statistics(const T* x, float* mean, float* variance, const Sizes& s, int num_threads) {
-    const int64_t padded = round_up(s.C, kMaxLanes);
-    const int64_t tile_height = s.H / s.rows, tile_width = s.W / s.cols, pieces = blocks_of(tile_width);
-    const int64_t tiles = s.B * s.rows * s.cols, per_tile = tile_height * pieces;
+    constexpr int64_t kPartsPerImage = 32;  // work for so many threads
+    const int64_t padded = round_up(s.C, kMaxLanes), size = s.C / s.G;
+    const int64_t tile_height = s.H / s.rows, tile_width = s.W / s.cols;
+    // A tile as wide as the map is one long row of pixels.
+    const int64_t lines = s.cols == 1 ? 1 : tile_height, line = tile_height * tile_width / lines;
+    const int64_t pieces = blocks_of(line), blocks = lines * pieces, places = s.rows * s.cols, tiles = s.B * places;
+    const int64_t parts = std::min(blocks, divide_up(kPartsPerImage, places));
     const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
-    const Buffer scratch = make_buffer(threads * 3 * padded);
-    std::vector<double> moments(static_cast<size_t>(tiles * per_tile * 2 * s.G));
-    const auto k = kernels<T>();
-    // Item: a piece of a row of pixels within a tile.
-    const auto pixels_of = [&](int64_t item) { return block_size(item % pieces, tile_width); };
-    parallel_for(tiles * per_tile, threads, [&](int64_t item, int worker) {
-        const int64_t tile = item / per_tile, y = item % per_tile / pieces, piece = item % pieces;
-        const int64_t image = tile / (s.rows * s.cols), row = tile / s.cols % s.rows, col = tile % s.cols;
-        const int64_t pixel = (image * s.H + row * tile_height + y) * s.W + col * tile_width + piece * kPixelsPerBlock;
-        double* own = moments.data() + item * 2 * s.G;
-        k.group_moments(x + pixel * s.C, pixels_of(item), s.C, padded, s.G, scratch.get() + worker * 3 * padded, own,
-                        own + s.G);
+    std::vector<double> figures(static_cast<size_t>((tiles * parts + threads) * 2 * padded), 0.0);
+    std::vector<Moments> moments;  // of every part of a tile, then of a block for each thread
+    for (double* own = figures.data(); own < figures.data() + figures.size(); own += 2 * padded)
+        moments.push_back({0.0, own, own + padded});
+    const auto k = kernels<T>(false);
+    parallel_for(tiles * parts, threads, [&](int64_t item, int worker) {
+        const int64_t tile = item / parts, part = item % parts;
+        const int64_t image = tile / places, row = tile / s.cols % s.rows, col = tile % s.cols;
+        const int64_t corner = (image * s.H + row * tile_height) * s.W + col * tile_width;
+        Moments& own = moments[tiles * parts + worker];
+        for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+            const int64_t pixel = corner + block / pieces * s.W + block % pieces * kPixelsPerBlock;
+            k.channel_moments(x + pixel * s.C, block_size(block % pieces, line), s.C, &own);
+            k.add_moments(own, s.C, &moments[item]);
+        }
     });
     parallel_for(tiles, threads, [&](int64_t tile, int) {
+        Moments& all = moments[tile * parts];
+        for (int64_t part = 1; part < parts; ++part) k.add_moments(moments[tile * parts + part], s.C, &all);
         for (int64_t g = 0; g < s.G; ++g) {
-            // Moments of disjoint sets combined (T. Chan, G. Golub and R. LeVeque, 1979).
-            double count = 0.0, center = 0.0, squares = 0.0;
-            for (int64_t item = tile * per_tile; item < (tile + 1) * per_tile; ++item) {
-                const double* own = moments.data() + item * 2 * s.G;
-                const double more = static_cast<double>(pixels_of(item)), delta = own[g] - center;
-                const double total = count + more;
-                squares += own[s.G + g] + delta * delta * count * more / total * static_cast<double>(s.C / s.G);
-                center += delta * more / total;
-                count = total;
+            double center = 0.0, squares = 0.0;
+            for (int64_t c = g * size; c < (g + 1) * size; ++c) center += all.mean[c] / static_cast<double>(size);
+            for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+                const double delta = all.mean[c] - center;
+                squares += all.squares[c] + all.count * delta * delta;
             }
-            const int64_t places = s.rows * s.cols, at = (tile / places * s.G + g) * places + tile % places;
+            const int64_t at = (tile / places * s.G + g) * places + tile % places;
             mean[at] = static_cast<float>(center);
-            variance[at] = static_cast<float>(std::max(squares, 0.0) / (count * static_cast<double>(s.C / s.G)));
+            variance[at] = static_cast<float>(std::max(squares, 0.0) / (all.count * static_cast<double>(size)));
         }
     });
 }
@@ -172,13 +188,13 @@ Channels spread(const float* mean, const float* inverse_std, const float* weight
     return channels;
 }
 
-// Calls body(first pixel, pixels, offset of the image's channels, worker) for blocks of pixels of every image.
+// Calls body(first pixel, pixels, offset of the image's channels, block) for blocks of pixels of every image.
 template <class Body>
 void for_each_block(const Sizes& s, int64_t padded, int threads, const Body& body) {
     const int64_t P = s.H * s.W, blocks = blocks_of(P);
-    parallel_for(s.B * blocks, threads, [&](int64_t item, int worker) {
+    parallel_for(s.B * blocks, threads, [&](int64_t item, int) {
         const int64_t image = item / blocks, block = item % blocks;
-        body(image * P + block * kPixelsPerBlock, block_size(block, P), image * padded, item, worker);
+        body(image * P + block * kPixelsPerBlock, block_size(block, P), image * padded, item);
     });
 }
 
@@ -188,12 +204,10 @@ void group_norm(const T* x, const float* mean, const float* inverse_std, const f
     const Channels channels = spread(mean, inverse_std, weight, bias, s);
     const int64_t padded = channels.padded;
     const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
-    const Buffer scratch = make_buffer(threads * padded);
-    const auto k = kernels<T>();
-    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t, int worker) {
+    const auto k = kernels<T>(silu);
+    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t) {
         k.channel_norm_rows(x + pixel * s.C, channels.mean.get() + image, channels.scale.get() + image,
-                            channels.bias.get() + image, out + pixel * s.C, pixels, s.C, padded, silu,
-                            scratch.get() + worker * padded);
+                            channels.bias.get() + image, out + pixel * s.C, pixels, s.C);
     });
 }
 
@@ -206,12 +220,12 @@ void tile_norm(const T* x, const float* mean, const float* std, const float* flo
     const int64_t padded = round_up(s.C, kMaxLanes), size = s.C / s.G;
     const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
     const Buffer w = padded_copy(weight, s.C, padded), b = padded_copy(bias, s.C, padded);
-    const int64_t floats = 2 * (s.cols + 1) * padded;
+    const int64_t floats = (2 * s.cols + 1) * padded;
     const Buffer scratch = make_buffer(threads * floats);
-    const auto k = kernels<T>();
+    const auto k = kernels<T>(silu);
     parallel_for(s.B * s.H, threads, [&](int64_t item, int worker) {
         float* means = scratch.get() + worker * floats;
-        float *stds = means + s.cols * padded, *lowest = stds + s.cols * padded, *row = lowest + padded;
+        float *stds = means + s.cols * padded, *lowest = stds + s.cols * padded;
         std::fill(means, means + floats, 0.0f);
         for (int64_t tile = 0; tile < s.cols; ++tile)
             for (int64_t c = 0; c < s.C; ++c) {
@@ -222,7 +236,7 @@ void tile_norm(const T* x, const float* mean, const float* std, const float* flo
         for (int64_t c = 0; c < s.C; ++c) lowest[c] = floor[item / s.H * s.G + c / size];
         const int64_t first = item * s.W * s.C;
         k.tile_norm_row(x + first, means, stds, lowest, tiles, shares, w.get(), b.get(), eps, out + first, s.W, s.C,
-                        padded, silu, row);
+                        padded);
     });
 }
 
@@ -234,14 +248,14 @@ void group_norm_backward(const T* x, const float* mean, const float* inverse_std
     const Channels channels = spread(mean, inverse_std, weight, bias, s);
     const int64_t padded = channels.padded, blocks = blocks_of(s.H * s.W), size = s.C / s.G;
     const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
-    const Buffer scratch = make_buffer(threads * 2 * padded), sums = make_buffer(s.B * blocks * 2 * padded);
-    const auto k = kernels<T>();
-    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t item, int worker) {
+    const Buffer sums = make_buffer(s.B * blocks * 2 * padded);
+    const auto k = kernels<T>(silu);
+    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t item) {
         float* own = sums.get() + item * 2 * padded;
         std::fill(own, own + 2 * padded, 0.0f);
         k.channel_norm_sums(x + pixel * s.C, grad_out + pixel * s.C, channels.mean.get() + image,
-                            channels.scale.get() + image, channels.bias.get() + image, pixels, s.C, padded, silu,
-                            scratch.get() + worker * 2 * padded, own, own + padded);
+                            channels.scale.get() + image, channels.bias.get() + image, pixels, s.C, own,
+                            own + padded);
     });
     const Buffer offset = make_buffer(s.B * padded), along = make_buffer(s.B * padded);
     std::fill(offset.get(), offset.get() + s.B * padded, 0.0f);
@@ -274,11 +288,10 @@ void group_norm_backward(const T* x, const float* mean, const float* inverse_std
         grad_weight[c] = static_cast<float>(weight_sum[c]);
         grad_bias[c] = static_cast<float>(bias_sum[c]);
     }
-    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t, int worker) {
+    for_each_block(s, padded, threads, [&](int64_t pixel, int64_t pixels, int64_t image, int64_t) {
         k.channel_norm_backward_rows(x + pixel * s.C, grad_out + pixel * s.C, channels.mean.get() + image,
                                      channels.scale.get() + image, channels.bias.get() + image, offset.get() + image,
-                                     along.get() + image, grad_x + pixel * s.C, pixels, s.C, padded, silu,
-                                     scratch.get() + worker * 2 * padded);
+                                     along.get() + image, grad_x + pixel * s.C, pixels, s.C);
     });
 }
 

@@ -20,31 +20,34 @@ GPSTOKEN_KERNEL Vector sigmoid(const Vector& z) {
 }
 
 // z sigmoid(z), or z itself.
-GPSTOKEN_KERNEL Vector activate(const Vector& z, bool silu) { return silu ? z * sigmoid(z) : z; }
+template <bool kSilu>
+GPSTOKEN_KERNEL Vector activate(const Vector& z) {
+    return kSilu ? z * sigmoid(z) : z;
+}
 
 // The derivative of `activate` times grad.
-GPSTOKEN_KERNEL Vector activate_backward(const Vector& z, const Vector& grad, bool silu) {
-    if (!silu) return grad;
+template <bool kSilu>
+GPSTOKEN_KERNEL Vector activate_backward(const Vector& z, const Vector& grad) {
+    if (!kSilu) return grad;
     const Vector one = broadcast(1.0f), s = sigmoid(z);
     return grad * s * (one + z * (one - s));
 }
 
-// A row as floats; the padding gets `fill`.
+// The next numbers of a row that has `left` to go, then zeros.
 template <class T>
-GPSTOKEN_KERNEL void load_row(const T* from, int64_t C, int64_t padded, float fill, float* to) {
-    for (int64_t c = 0; c < C; ++c) to[c] = to_float(from[c]);
-    for (int64_t c = C; c < padded; ++c) to[c] = fill;
+GPSTOKEN_KERNEL Vector load_part(const T* from, int64_t left) {
+    if (left >= kLanes) return load(from);
+    T padded[kLanes] = {};
+    std::copy(from, from + left, padded);
+    return load(padded);
 }
 
 template <class T>
-GPSTOKEN_KERNEL void store_row(const float* from, int64_t C, T* to) {
-    for (int64_t c = 0; c < C; ++c) to[c] = from_float<T>(from[c]);
-}
-
-GPSTOKEN_KERNEL float sum_row(const float* row, int64_t padded) {
-    Vector total = broadcast(0.0f);
-    for (int64_t c = 0; c < padded; c += kLanes) total += load(row + c);
-    return sum(total);
+GPSTOKEN_KERNEL void store_part(T* to, const Vector& v, int64_t left) {
+    if (left >= kLanes) return store(to, v);
+    T lanes[kLanes];
+    store(lanes, v);
+    std::copy(lanes, lanes + left, to);
 }
 
 // ---- over the channels of each pixel ----
@@ -52,50 +55,48 @@ GPSTOKEN_KERNEL float sum_row(const float* row, int64_t padded) {
 // Loads a row and takes its mean from it. Returns 1 / sqrt(variance + eps).
 template <class T>
 GPSTOKEN_KERNEL float center_row(const T* x, int64_t C, int64_t padded, float eps, float* row) {
-    load_row(x, C, padded, 0.0f, row);
-    const Vector mean = broadcast(sum_row(row, padded) / static_cast<float>(C));
-    Vector squares = broadcast(0.0f);
-    for (int64_t c = 0; c < padded; c += kLanes) {
-        const Vector centered = load(row + c) - mean;
+    Vector total = broadcast(0.0f), squares = broadcast(0.0f);
+    for (int64_t c = 0; c < C; c += kLanes) {
+        const Vector values = load_part(x + c, C - c);
+        store(row + c, values);
+        total += values;
+    }
+    const float mean = sum(total) / static_cast<float>(C);
+    std::fill(row + C, row + padded, mean);  // the padding deviates by nothing
+    for (int64_t c = 0; c < C; c += kLanes) {
+        const Vector centered = load(row + c) - broadcast(mean);
         store(row + c, centered);
         squares += centered * centered;
     }
-    // The padding held 0, and so -mean.
-    float total = sum(squares);
-    if (padded > C) {
-        total = 0.0f;
-        for (int64_t c = C; c < padded; ++c) row[c] = 0.0f;
-        for (int64_t c = 0; c < padded; ++c) total += row[c] * row[c];
-    }
-    return 1.0f / std::sqrt(total / static_cast<float>(C) + eps);
+    return 1.0f / std::sqrt(sum(squares) / static_cast<float>(C) + eps);
 }
 
 // out = activate((x - mean) / sqrt(var + eps) * weight + bias). row: scratch, `padded` long.
-template <class T>
+template <class T, bool kSilu>
 GPSTOKEN_TARGET static void pixel_norm_rows(const T* x, const float* weight, const float* bias, T* out, int64_t rows,
-                                            int64_t C, int64_t padded, float eps, bool silu, float* row) {
+                                            int64_t C, int64_t padded, float eps, float* row) {
     for (int64_t r = 0; r < rows; ++r) {
         const Vector inverse = broadcast(center_row(x + r * C, C, padded, eps, row));
-        for (int64_t c = 0; c < padded; c += kLanes)
-            store(row + c, activate(load(row + c) * inverse * load(weight + c) + load(bias + c), silu));
-        store_row(row, C, out + r * C);
+        for (int64_t c = 0; c < C; c += kLanes)
+            store_part(out + r * C + c, activate<kSilu>(load(row + c) * inverse * load(weight + c) + load(bias + c)),
+                       C - c);
     }
 }
 
 // grad_x of these rows; adds to grad_weight and grad_bias, `padded` long. row: scratch for two rows.
-template <class T>
+template <class T, bool kSilu>
 GPSTOKEN_TARGET static void pixel_norm_backward_rows(const T* x, const float* weight, const float* bias,
                                                      const T* grad_out, T* grad_x, float* grad_weight,
                                                      float* grad_bias, int64_t rows, int64_t C, int64_t padded,
-                                                     float eps, bool silu, float* row) {
+                                                     float eps, float* row) {
     float* grad = row + padded;
     for (int64_t r = 0; r < rows; ++r) {
         const float inverse = center_row(x + r * C, C, padded, eps, row);
-        load_row(grad_out + r * C, C, padded, 0.0f, grad);
         Vector total = broadcast(0.0f), along = broadcast(0.0f);
-        for (int64_t c = 0; c < padded; c += kLanes) {
+        for (int64_t c = 0; c < C; c += kLanes) {
             const Vector normed = load(row + c) * broadcast(inverse), w = load(weight + c);
-            const Vector g = activate_backward(normed * w + load(bias + c), load(grad + c), silu);
+            const Vector grad_there = load_part(grad_out + r * C + c, C - c);
+            const Vector g = activate_backward<kSilu>(normed * w + load(bias + c), grad_there);
             store(grad_weight + c, load(grad_weight + c) + g * normed);
             store(grad_bias + c, load(grad_bias + c) + g);
             store(row + c, normed);
@@ -105,75 +106,96 @@ GPSTOKEN_TARGET static void pixel_norm_backward_rows(const T* x, const float* we
         }
         const Vector mean = broadcast(sum(total) / static_cast<float>(C));
         const Vector slope = broadcast(sum(along) / static_cast<float>(C));
-        for (int64_t c = 0; c < padded; c += kLanes)
-            store(grad + c, broadcast(inverse) * (load(grad + c) - mean - load(row + c) * slope));
-        store_row(grad, C, grad_x + r * C);
+        for (int64_t c = 0; c < C; c += kLanes)
+            store_part(grad_x + r * C + c, broadcast(inverse) * (load(grad + c) - mean - load(row + c) * slope), C - c);
     }
 }
 
 // ---- over pixels, with the same figures for every pixel of an image ----
 
-// Of `rows` pixels, for each group of C / G channels: the mean, and the sum of squares around it.
-// row: scratch for three rows.
-template <class T>
-GPSTOKEN_TARGET static void group_moments(const T* x, int64_t rows, int64_t C, int64_t padded, int64_t G, float* row,
-                                          double* mean, double* squares) {
-    float *sums = row + padded, *means = row + 2 * padded;
-    const int64_t size = C / G;
+// Of a few vectors of channels, `left` channels at most: the mean over `rows` pixels and the sum of squares around it.
+template <int kVectors, class T>
+GPSTOKEN_KERNEL void vector_moments(const T* x, int64_t rows, int64_t C, int64_t left, double* mean, double* squares) {
+    constexpr int kChannels = kVectors * kLanes;
+    Vector center[kVectors], total[kVectors];
+    float from[kChannels], sums[kChannels];
     // Sums of differences from the first pixel: where the mean is large, those of the values would round.
-    load_row(x, C, padded, 0.0f, means);
-    std::fill(sums, sums + padded, 0.0f);
-    for (int64_t r = 1; r < rows; ++r) {
-        load_row(x + r * C, C, padded, 0.0f, row);
-        for (int64_t c = 0; c < padded; c += kLanes) store(sums + c, load(sums + c) + (load(row + c) - load(means + c)));
+    for (int v = 0; v < kVectors; ++v) {
+        center[v] = load_part(x + v * kLanes, left - v * kLanes);
+        total[v] = broadcast(0.0f);
     }
-    for (int64_t g = 0; g < G; ++g) {
-        double total = 0.0;
-        for (int64_t c = g * size; c < (g + 1) * size; ++c) total += sums[c] + static_cast<double>(rows) * means[c];
-        mean[g] = total / static_cast<double>(rows * size);
-        for (int64_t c = g * size; c < (g + 1) * size; ++c) means[c] = static_cast<float>(mean[g]);
+    for (int64_t r = 1; r < rows; ++r)
+        for (int v = 0; v < kVectors; ++v)
+            total[v] += load_part(x + r * C + v * kLanes, left - v * kLanes) - center[v];
+    for (int v = 0; v < kVectors; ++v) {
+        store(from + v * kLanes, center[v]);
+        store(sums + v * kLanes, total[v]);
     }
-    std::fill(sums, sums + padded, 0.0f);
-    for (int64_t r = 0; r < rows; ++r) {
-        load_row(x + r * C, C, padded, 0.0f, row);
-        for (int64_t c = 0; c < padded; c += kLanes) {
-            const Vector centered = load(row + c) - load(means + c);
-            store(sums + c, load(sums + c) + centered * centered);
+    const double count = static_cast<double>(rows);
+    for (int i = 0; i < kChannels; ++i) mean[i] = from[i] + sums[i] / count;
+
+    for (int i = 0; i < kChannels; ++i) from[i] = static_cast<float>(mean[i]);
+    for (int v = 0; v < kVectors; ++v) {
+        center[v] = load(from + v * kLanes);
+        total[v] = broadcast(0.0f);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int v = 0; v < kVectors; ++v) {
+            const Vector centered = load_part(x + r * C + v * kLanes, left - v * kLanes) - center[v];
+            total[v] += centered * centered;
         }
-    }
-    for (int64_t g = 0; g < G; ++g) {
-        // They were taken around the mean rounded to float32.
-        const double shift = means[g * size] - mean[g];
-        squares[g] = -shift * shift * static_cast<double>(rows * size);
-        for (int64_t c = g * size; c < (g + 1) * size; ++c) squares[g] += sums[c];
+    for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, total[v]);
+    for (int i = 0; i < kChannels; ++i) {
+        const double shift = from[i] - mean[i];  // they were taken around the mean rounded to float32
+        squares[i] = sums[i] - count * shift * shift;
     }
 }
 
-// out = activate((x - mean) * scale + bias), per channel. row: scratch, `padded` long.
+// The moments of each channel over `rows` pixels.
 template <class T>
-GPSTOKEN_TARGET static void channel_norm_rows(const T* x, const float* mean, const float* scale, const float* bias,
-                                              T* out, int64_t rows, int64_t C, int64_t padded, bool silu, float* row) {
-    for (int64_t r = 0; r < rows; ++r) {
-        load_row(x + r * C, C, padded, 0.0f, row);
-        for (int64_t c = 0; c < padded; c += kLanes)
-            store(row + c, activate((load(row + c) - load(mean + c)) * load(scale + c) + load(bias + c), silu));
-        store_row(row, C, out + r * C);
+GPSTOKEN_TARGET static void channel_moments(const T* x, int64_t rows, int64_t C, Moments* of) {
+    constexpr int kAtOnce = 4;
+    of->count = static_cast<double>(rows);
+    int64_t c = 0;
+    for (; c + kAtOnce * kLanes <= C; c += kAtOnce * kLanes)
+        vector_moments<kAtOnce>(x + c, rows, C, kAtOnce * kLanes, of->mean + c, of->squares + c);
+    for (; c < C; c += kLanes) vector_moments<1>(x + c, rows, C, C - c, of->mean + c, of->squares + c);
+}
+
+// Those of disjoint sets of pixels become those of their union (T. Chan, G. Golub and R. LeVeque, 1979).
+GPSTOKEN_TARGET static void add_moments(const Moments& more, int64_t C, Moments* to) {
+    const double share = more.count / (to->count + more.count), weight = to->count * share;
+    for (int64_t c = 0; c < C; ++c) {
+        const double delta = more.mean[c] - to->mean[c];
+        to->squares[c] += more.squares[c] + weight * delta * delta;
+        to->mean[c] += share * delta;
     }
+    to->count += more.count;
+}
+
+// out = activate((x - mean) * scale + bias), per channel.
+template <class T, bool kSilu>
+GPSTOKEN_TARGET static void channel_norm_rows(const T* x, const float* mean, const float* scale, const float* bias,
+                                              T* out, int64_t rows, int64_t C) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const Vector centered = load_part(x + r * C + c, C - c) - load(mean + c);
+            store_part(out + r * C + c, activate<kSilu>(centered * load(scale + c) + load(bias + c)), C - c);
+        }
 }
 
 // ---- over the pixels of tiles, with figures that vary along a row ----
 
 // out = activate((x - mean) / (max(std, floor) + eps) * weight + bias) for a row of pixels, where mean and std are
 // interpolated between columns of tiles: four of them count for a pixel, `tiles` says which and `shares` how much.
-// means, stds: (cols, padded); row: scratch, `padded` long.
-template <class T>
+// means, stds: (cols, padded).
+template <class T, bool kSilu>
 GPSTOKEN_TARGET static void tile_norm_row(const T* x, const float* means, const float* stds, const float* floor,
                                           const int32_t* tiles, const float* shares, const float* weight,
                                           const float* bias, float eps, T* out, int64_t width, int64_t C,
-                                          int64_t padded, bool silu, float* row) {
-    for (int64_t i = 0; i < width; ++i) {
-        load_row(x + i * C, C, padded, 0.0f, row);
-        for (int64_t c = 0; c < padded; c += kLanes) {
+                                          int64_t padded) {
+    for (int64_t i = 0; i < width; ++i)
+        for (int64_t c = 0; c < C; c += kLanes) {
             Vector mean = broadcast(0.0f), std = broadcast(0.0f);
             for (int k = 0; k < 4; ++k) {
                 const Vector share = broadcast(shares[4 * i + k]);
@@ -182,51 +204,39 @@ GPSTOKEN_TARGET static void tile_norm_row(const T* x, const float* means, const 
             }
             const Vector deviation = larger(std, load(floor + c)) + broadcast(eps);
             const Vector scale = quotient(load(weight + c), deviation);
-            store(row + c, activate((load(row + c) - mean) * scale + load(bias + c), silu));
+            const Vector centered = load_part(x + i * C + c, C - c) - mean;
+            store_part(out + i * C + c, activate<kSilu>(centered * scale + load(bias + c)), C - c);
         }
-        store_row(row, C, out + i * C);
-    }
 }
 
 // ---- gradients ----
 
 // Adds, per channel, the gradient at the activation's input to `sums`, and that times (x - mean) to `along`.
-// row: scratch for two rows.
-template <class T>
+template <class T, bool kSilu>
 GPSTOKEN_TARGET static void channel_norm_sums(const T* x, const T* grad_out, const float* mean, const float* scale,
-                                              const float* bias, int64_t rows, int64_t C, int64_t padded, bool silu,
-                                              float* row, float* sums, float* along) {
-    float* grad = row + padded;
-    for (int64_t r = 0; r < rows; ++r) {
-        load_row(x + r * C, C, padded, 0.0f, row);
-        load_row(grad_out + r * C, C, padded, 0.0f, grad);
-        for (int64_t c = 0; c < padded; c += kLanes) {
-            const Vector centered = load(row + c) - load(mean + c);
-            const Vector g = activate_backward(centered * load(scale + c) + load(bias + c), load(grad + c), silu);
+                                              const float* bias, int64_t rows, int64_t C, float* sums, float* along) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const Vector centered = load_part(x + r * C + c, C - c) - load(mean + c);
+            const Vector grad = load_part(grad_out + r * C + c, C - c);
+            const Vector g = activate_backward<kSilu>(centered * load(scale + c) + load(bias + c), grad);
             store(sums + c, load(sums + c) + g);
             store(along + c, load(along + c) + g * centered);
         }
-    }
 }
 
 // grad_x = scale * gradient at the activation's input + offset + slope * (x - mean), per channel.
-// row: scratch for two rows.
-template <class T>
+template <class T, bool kSilu>
 GPSTOKEN_TARGET static void channel_norm_backward_rows(const T* x, const T* grad_out, const float* mean,
                                                        const float* scale, const float* bias, const float* offset,
-                                                       const float* slope, T* grad_x, int64_t rows, int64_t C,
-                                                       int64_t padded, bool silu, float* row) {
-    float* grad = row + padded;
-    for (int64_t r = 0; r < rows; ++r) {
-        load_row(x + r * C, C, padded, 0.0f, row);
-        load_row(grad_out + r * C, C, padded, 0.0f, grad);
-        for (int64_t c = 0; c < padded; c += kLanes) {
-            const Vector centered = load(row + c) - load(mean + c), s = load(scale + c);
-            const Vector g = activate_backward(centered * s + load(bias + c), load(grad + c), silu);
-            store(grad + c, s * g + load(offset + c) + load(slope + c) * centered);
+                                                       const float* slope, T* grad_x, int64_t rows, int64_t C) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const Vector centered = load_part(x + r * C + c, C - c) - load(mean + c), s = load(scale + c);
+            const Vector grad = load_part(grad_out + r * C + c, C - c);
+            const Vector g = activate_backward<kSilu>(centered * s + load(bias + c), grad);
+            store_part(grad_x + r * C + c, s * g + load(offset + c) + load(slope + c) * centered, C - c);
         }
-        store_row(grad, C, grad_x + r * C);
-    }
 }
 
 #undef GPSTOKEN_KERNEL

@@ -43,6 +43,60 @@ GPSTOKEN_KERNEL Vector load(const float* from) {
 
 GPSTOKEN_KERNEL void store(float* to, const Vector& v) { memcpy(to, &v, sizeof(v)); }
 
+// ---- 16-bit numbers, see half_types.h ----
+
+#if defined(__GNUC__)
+typedef uint16_t Halves __attribute__((vector_size(GPSTOKEN_VECTOR_LANES * 2)));
+
+// One instruction each, where GCC 12 makes seven of __builtin_convertvector.
+GPSTOKEN_KERNEL Integers widen(const Halves& h) {
+#if defined(GPSTOKEN_X86_DISPATCH) && GPSTOKEN_VECTOR_LANES == 16
+    return (Integers)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif defined(GPSTOKEN_X86_DISPATCH) && GPSTOKEN_VECTOR_LANES == 8
+    return (Integers)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, Integers);
+#endif
+}
+
+GPSTOKEN_KERNEL Halves narrow(const Integers& bits) {
+#if defined(GPSTOKEN_X86_DISPATCH) && GPSTOKEN_VECTOR_LANES == 16
+    return (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits);
+#else
+    return __builtin_convertvector(bits, Halves);
+#endif
+}
+
+GPSTOKEN_KERNEL Vector load(const BFloat16* from) {
+    Halves h;
+    memcpy(&h, from, sizeof(h));
+    return (Vector)(widen(h) << 16);
+}
+
+GPSTOKEN_KERNEL void store(BFloat16* to, const Vector& v) {
+    const Integers bits = (Integers)v, nan = v != v;
+    const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Halves h = narrow(((rounded & ~nan) | (nan & 0x7fc00000)) >> 16);
+    memcpy(to, &h, sizeof(h));
+}
+#endif
+
+template <class T>
+GPSTOKEN_KERNEL Vector load(const T* from) {
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = to_float(from[i]);
+    return load(lanes);
+}
+
+template <class T>
+GPSTOKEN_KERNEL void store(T* to, const Vector& v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int i = 0; i < kLanes; ++i) to[i] = from_float<T>(lanes[i]);
+}
+
+// ---- arithmetic ----
+
 // In parts, so that not every addition waits for the one before.
 GPSTOKEN_KERNEL float sum(const Vector& v) {
     float lanes[kLanes];

@@ -143,7 +143,9 @@ def guided_velocity(
 
     def velocity(latents: Tensor, time: float) -> Tensor:
         if not guidable or not first <= time <= last:
-            return network(latents, latents.new_full((len(latents),), time), class_labels).float()
+            towards_data = network(latents, latents.new_full((len(latents),), time), class_labels)
+            # A copy: some schedulers keep it, and a network recorded as a CUDA graph writes its next result over it.
+            return towards_data.to(torch.float32, copy=True)
         doubled = torch.cat([latents, latents])
         conditional, unconditional = network(doubled, doubled.new_full((len(doubled),), time), both).float().chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)

@@ -164,6 +164,23 @@ class AutoencoderGPSToken(
             raise ValueError(f'decoder_type must be "map" or "lattice", got {decoder_type!r}.')
         self.use_slicing = False
         self.use_tiling = False
+        self.is_compiled = False
+
+    def compile(self, *args, **kwargs) -> None:
+        """Compiles the three networks in place, for `encode`, `decode` and `forward`; their weights keep their names.
+
+        The first call with pictures of another size or another number of tokens takes some seconds to a minute. What
+        is compiled are whole networks: the windows in which a lattice decoder draws large pictures stay as they are.
+
+        Args: as of `torch.compile`. `mode="reduce-overhead"` records CUDA graphs.
+        """
+        for network in (self.stem, self.refiner, self.decoder):
+            network.compile(*args, **kwargs)
+        self.is_compiled = True
+
+    def _lasting(self, result: Tensor) -> Tensor:
+        """A network's result in memory of its own: a CUDA graph writes each over the one before."""
+        return result.clone() if self.is_compiled else result
 
     @apply_forward_hook
     def encode(
@@ -241,8 +258,8 @@ class AutoencoderGPSToken(
         for start in range(0, max(1, count), step):
             chunk = slice(start, start + step)
             tiles = take_tiles(pixel_values, self.config.sample_size, chunk)
-            features = self.stem(tiles.to(self.dtype, memory_format=torch.channels_last))
-            outputs = self.refiner(features, geometry[chunk], regions[chunk])
+            features = self._lasting(self.stem(tiles.to(self.dtype, memory_format=torch.channels_last)))
+            outputs = tuple(map(self._lasting, self.refiner(features, geometry[chunk], regions[chunk])))
             if step >= count:
                 return outputs
             if refined is None:

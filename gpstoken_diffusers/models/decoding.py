@@ -21,7 +21,7 @@ TOKENS_AT_ONCE = 2**15
 
 
 class DecodingMixin:
-    """The decoding half of [`AutoencoderGPSToken`]; reads its `config`, `decoder` and `use_tiling`.
+    """The decoding half of [`AutoencoderGPSToken`]; uses its `config`, `decoder`, `use_tiling` and `_lasting`.
 
     How many tiles pass at once and how large windows are is up to [`MemoryBudgetMixin`].
     """
@@ -112,7 +112,7 @@ class DecodingMixin:
             # A budget is for one picture in one pass; without one, all pictures of a batch go together.
             together = [tokens] if self.memory_budget is None else tokens
             maps = (self.render(part, tile_size).to(self.dtype, memory_format=torch.channels_last) for part in together)
-            pictures = [self.decoder(feature_map, tokens.tile_grid) for feature_map in maps]
+            pictures = [self._lasting(self.decoder(feature_map, tokens.tile_grid)) for feature_map in maps]
             return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
         return self._decode_merged_windows(tokens, tile_size, window_tiles)
 
@@ -125,7 +125,7 @@ class DecodingMixin:
         for start in range(0, len(geometry), step):
             chunk = slice(start, start + step)
             feature_map = self.render(GPSTokens(geometry[chunk], texture[chunk], canvas_size), tile_size)
-            tiles = self.decoder(feature_map.to(self.dtype, memory_format=torch.channels_last))
+            tiles = self._lasting(self.decoder(feature_map.to(self.dtype, memory_format=torch.channels_last)))
             if grid == (1, 1) and len(tiles) == len(geometry):
                 return tiles
             if canvas is None:
@@ -186,7 +186,8 @@ class DecodingMixin:
         for start in range(0, tokens.batch_size, step):
             chunk = slice(start, start + step)
             texture = tokens.texture[chunk].to(self.dtype)
-            parts.append(self.decoder(tokens.geometry[chunk], texture, map_size, tokens.canvas_size))
+            picture = self.decoder(tokens.geometry[chunk], texture, map_size, tokens.canvas_size)
+            parts.append(self._lasting(picture))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode_local_windows(self, tokens: GPSTokens, map_size: Size, longest: int) -> Tensor:
