@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from emulation.toolchain import find_compiler
 from torch import nn
 
 from gpstoken_diffusers.benchmark import __main__ as command
@@ -116,6 +117,25 @@ def test_peers_have_a_table_of_their_own(tmp_path):
     assert [row["peer"] for row in rows] == [False, True, True, True]
     # bfloat16 has 8 bits: an error of a hundredth or so, and no zero, or the peer was not converted at all.
     assert all(1e-4 < row["difference"] < 0.2 for row in rows[1:])
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler, which torch.compile needs on a CPU")
+def test_compiled(tmp_path):
+    """Each stage is one graph; operations are counted as without compiling."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    stages = ["--sizes", "mini", "--stages", "stem", "network", "--dtype", "float32", "--skip_memory"]
+    documents = []
+    for extra in ([], ["--compile", "default"]):
+        assert command.main([*QUICK, *stages, *extra, "--output", str(tmp_path)]) == 0
+        documents.append(json.loads((tmp_path / "results.json").read_text()))
+    plain, compiled = documents
+    assert (plain["compile"], compiled["compile"]) == (None, "default")
+    assert "ours in float32, compiled (default)" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    for own, before in zip(compiled["rows"], plain["rows"], strict=True):
+        assert own["ours"]["operations"] == before["ours"]["operations"] > 0
+        assert own["difference"] < 1e-4  # float32 in another order
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Compiled networks: the same results, which outlast the next call even where memory is used again and again.
 
-On a GPU `mode="reduce-overhead"` records CUDA graphs, whose results lie where the last ones lay. Here a backend that does
-the same stands in for them; with a GPU, the tests at the end use the real ones.
+On a GPU `mode="reduce-overhead"` records CUDA graphs, whose results lie where the last ones lay. Here a backend that
+does the same stands in for them; with a GPU, the tests at the end use the real ones.
 """
 
 from __future__ import annotations

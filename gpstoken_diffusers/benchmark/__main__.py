@@ -1,7 +1,7 @@
 """Times ours against a plain twin, and both against what this device could do at best.
 
     python -m gpstoken_diffusers.benchmark                                    # every size and stage, on the CPU
-    python -m gpstoken_diffusers.benchmark --device cuda --batch_size 8 --peers
+    python -m gpstoken_diffusers.benchmark --device cuda --batch_size 8 --peers --compile reduce-overhead
     python -m gpstoken_diffusers.benchmark --sizes l256 --stages splat decoder --rounds 9 --dtype float32
 
 Writes results.md, results.json and plot.png. Weights are made up: nothing is downloaded, times do not depend on them.
@@ -28,6 +28,7 @@ from .report import Conditions, plot_advice, write_plot, write_report
 from .roofline import Peak, measure_peak
 from .stages import SIZES, STAGES, WAYS, Settings, stage_names
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or "cuda:1" (default: cpu)')
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of ours; the twin is always float32")
     parser.add_argument("--batch_size", type=_positive, default=1, help="pictures at once (default: 1)")
+    parser.add_argument("--compile", choices=MODES, help="ours by torch.compile; a CPU's memory is then not measured")
     parser.add_argument("--sampling_steps", type=_positive, help="of the stage sampling (default: mini 20, xl 4)")
     parser.add_argument("--rounds", type=_positive, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="CPU threads of torch")
@@ -90,7 +92,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             f"nothing to measure: {', '.join(args.sizes)} has no stage {', '.join(args.stages)}. The sizes mini and xl "
             "have network and sampling; all sizes but xl have the other stages."
         )
-    return Settings(device, DTYPES[args.dtype], args.batch_size, args.sampling_steps, args.quick)
+    return Settings(device, DTYPES[args.dtype], args.batch_size, args.sampling_steps, args.quick, args.compile)
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> None:
@@ -99,7 +101,7 @@ def _run(args: argparse.Namespace, settings: Settings) -> None:
         print(f"benchmark: {advice}", file=sys.stderr)
     args.output.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     count = sum(len(stage_names(size, args.stages)) for size in args.sizes) + len(PEERS) * args.peers
-    in_processes = settings.device.type == "cpu" and not args.skip_memory
+    in_processes = settings.device.type == "cpu" and not (args.skip_memory or args.compile)
     rows: list[Row] = []
     peak = measure_peak(settings.device, [torch.float32, settings.dtype], small=args.quick)
     conditions = _conditions(args, settings, peak)
@@ -139,10 +141,11 @@ def _conditions(args: argparse.Namespace, settings: Settings, peak: Peak) -> Con
     device = settings.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     products = {str(dtype).removeprefix("torch."): speed for dtype, speed in peak.operations_per_s.items()}
+    compiled = f"compiled ({args.compile})" if args.compile else "not compiled"
     libraries = {kind: _library(kind) for kind in dict.fromkeys(("cpu", device.type))}
     lines = (
         f"{name}, {args.threads} CPU threads, torch {torch.__version__}, gpstoken_diffusers {__version__}",
-        f"batches of {args.batch_size}; ours in {args.dtype}, the twin in float32",
+        f"batches of {args.batch_size}; ours in {args.dtype}, {compiled}, the twin in float32",
         "native libraries: " + "; ".join(f"{kind}: {state}" for kind, state in libraries.items()),
         f"the device's best, measured: matrix products at {_speeds(products)} TFLOP/s, a copy at "
         f"{peak.bytes_per_s / 1e9:.3g} GB/s read and written",
@@ -156,6 +159,7 @@ def _conditions(args: argparse.Namespace, settings: Settings, peak: Peak) -> Con
         "version": __version__,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
+        "compile": args.compile,
         "rounds": args.rounds,
         "toy": args.quick,
         "native_libraries": libraries,

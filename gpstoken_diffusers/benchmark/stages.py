@@ -31,6 +31,9 @@ LAYOUT_PICTURE_PX = 256
 # Unless asked for otherwise; XL takes seconds for each on a CPU.
 SAMPLING_STEPS = {"mini": 20, "xl": 4}
 
+# One compiles, and where CUDA graphs are recorded, one more warms up and one records.
+COMPILED_WARM_UP_CALLS = 3
+
 TWIN, OURS = WAYS = ("twin", "ours")
 
 
@@ -44,6 +47,7 @@ class Settings:
         batch_size: pictures at once.
         sampling_steps: of "sampling", 1 or more; None takes the size's own.
         toy: small networks in place of the sizes named.
+        compile_mode: of `torch.compile`, for ours; None compiles nothing.
     """
 
     device: torch.device
@@ -51,6 +55,7 @@ class Settings:
     batch_size: int
     sampling_steps: int | None
     toy: bool
+    compile_mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Stage:
         runs: by way, functions that return tensors. For peers the twin is their float32, ours their other dtype.
         dtypes: by way, in which it computes, for its floor.
         input_bytes, weights_bytes: by way, what it must read.
+        warm_up_calls: of ours, before it is timed.
     """
 
     size: str
@@ -73,6 +79,7 @@ class Stage:
     input_bytes: dict[str, int]
     weights_bytes: dict[str, int]
     note: str = ""
+    warm_up_calls: int = 0
 
 
 def _stage(
@@ -104,7 +111,16 @@ def _stage(
         dict(zip(WAYS, map(tensor_bytes, inputs), strict=True)),
         {way: weight_reads * weight_bytes(modules, dtype) for way, dtype in dtypes.items()},
         note,
+        COMPILED_WARM_UP_CALLS if settings.compile_mode else 0,
     )
+
+
+def _ours(plain: nn.Module, config: dict, settings: Settings) -> nn.Module:
+    """A copy of a float32 model as ours is timed."""
+    model = copy_in(plain, config, settings.dtype)
+    if settings.compile_mode:
+        model.compile(mode=settings.compile_mode, dynamic=False)
+    return model
 
 
 def stage_names(size: str, names: Sequence[str]) -> list[str]:
@@ -132,7 +148,7 @@ def make_stages(size: str, names: Sequence[str], settings: Settings) -> list[Sta
 def _autoencoder_stages(size: str, config: dict, settings: Settings) -> list[Stage]:
     dtype = settings.dtype
     plain = made_up_model(AutoencoderGPSToken, config, settings.device)
-    model = copy_in(plain, config, dtype)
+    model = _ours(plain, config, settings)
     settings_of = plain.config
     side, count = settings_of.map_size, settings_of.num_tokens
     lattice = settings_of.decoder_type == "lattice"
@@ -209,7 +225,7 @@ def _autoencoder_stages(size: str, config: dict, settings: Settings) -> list[Sta
 def _generator_stages(size: str, config: dict, settings: Settings) -> list[Stage]:
     device, batch_size, steps = settings.device, settings.batch_size, settings.sampling_steps or SAMPLING_STEPS[size]
     plain = made_up_model(GPSTokenTransformerModel, config, device)
-    model = copy_in(plain, config, settings.dtype)
+    model = _ours(plain, config, settings)
     count, channels = plain.config.num_tokens, 5 + plain.config.texture_channels
     layout = partition_image(made_up_pictures(batch_size, LAYOUT_PICTURE_PX, device), count).geometry
     noise = torch.randn(batch_size, count, channels, generator=torch.Generator().manual_seed(2)).to(device)
