@@ -2,16 +2,17 @@
 
     python tests/benchmark_generation.py                       # the shipped gpstoken-mini
     python tests/benchmark_generation.py --pipeline FOLDER --images 8 --steps 10 20 50 250
-    python tests/benchmark_generation.py --tables guidance --guidance_steps 10 14 20
+    python tests/benchmark_generation.py --tables guidance caching --cheaper_steps 10 14 20
 
-Three tables: every sampler at several steps; UniPC, the pipeline's own, with cheaper guidance (off for a part of the
-way, or with the difference between both branches reused for a step or two); and the time against the official way.
+Four tables: every sampler at several steps; UniPC, the pipeline's own, with cheaper guidance (off for a part of the
+way, or with the difference between both branches reused for a step or two), and with what the network's inner blocks
+add reused for a step or two; and the time against the official way.
 
 Distance: root mean square, over standardised latents (whose own deviation is about 1), between what a sampler reaches
 and the 1,000-step Euler solution of the same ODE from the same noise, under the pipeline's own guidance; and the PSNR
 between the pictures of both. A stochastic sampler draws another picture, so its distance does not go to 0; its spread,
 the latents' standard deviation over that of the ODE's, goes to 1. Rows: of the network's batches, for one image;
-guidance takes two an evaluation.
+guidance takes two an evaluation. Blocks: of the network that are computed, over all steps, against all of UniPC's 20.
 
 Time: one image at a time, same sampler and steps, guidance 1.5 as the released settings have it (from t = 0.2 on). The
 official way evaluates both guidance branches in float32 at every step, and twice per step of the SDE.
@@ -20,9 +21,11 @@ official way evaluates both guidance branches in float32 at every step, and twic
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +40,11 @@ from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS, make_sampler
 
 SAMPLERS = ("euler", "heun", "unipc", "dpm++", "sde", "official-sde")
 REFERENCE_STEPS = 1000
-TABLES = ("speed", "samplers", "guidance")
+TABLES = ("speed", "samplers", "guidance", "caching")
 INTERVALS = ((0.0, 1.0), (0.1, 1.0), (0.2, 1.0), (0.3, 1.0), (0.0, 0.9), (0.0, 0.8), (0.0, 0.7))
 REUSES = (2, 3)
+# Of the network's blocks, those at both ends that are computed at every step; and how often the others are.
+OUTER_BLOCKS = (1, 2, 3)
 
 Flow = Callable[[Tensor, float], Tensor]
 
@@ -75,6 +80,28 @@ class Setting:
 
         return velocity
 
+    @contextlib.contextmanager
+    def caching_velocity(self, every: int, outer: int) -> Iterator[Flow]:
+        """Within it: what the inner blocks add to the tokens is computed at each `every`-th evaluation and kept.
+
+        outer: blocks at either end that are computed at every evaluation.
+        """
+        transformer, velocity, count = self.pipe.transformer, self.velocity(), 0
+        blocks = transformer.blocks
+        inner = InnerBlocks(blocks[outer:-outer])
+
+        def caching(latents: Tensor, time: float) -> Tensor:
+            nonlocal count
+            inner.reuses = count % every > 0
+            count += 1
+            return velocity(latents, time)
+
+        transformer.blocks = torch.nn.ModuleList([*blocks[:outer], inner, *blocks[-outer:]])
+        try:
+            yield caching
+        finally:
+            transformer.blocks = blocks
+
     def sample(self, sampler: str, steps: int, velocity: Flow) -> Tensor:
         generators = sample_generators(torch.Generator().manual_seed(0), len(self.labels))
         channels = 5 + self.pipe.transformer.config.texture_channels
@@ -86,6 +113,22 @@ class Setting:
         side = self.pipe.autoencoder.config.sample_size
         tokens = GPSTokens(*self.pipe.transformer.from_latents(self.layout, latents), (side, side))
         return self.pipe.autoencoder.decode(tokens).sample.clamp(-1, 1)
+
+
+class InnerBlocks(torch.nn.Module):
+    """Blocks in a row; while `reuses` is set, they add what they added last."""
+
+    def __init__(self, blocks: torch.nn.ModuleList):
+        super().__init__()
+        self.blocks, self.reuses, self.added = blocks, False, None
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        if not self.reuses:
+            result = tokens
+            for block in self.blocks:
+                result = block(result, condition)
+            self.added = result - tokens
+        return tokens + self.added
 
 
 @dataclass(frozen=True)
@@ -128,6 +171,21 @@ def compare_guidance(setting: Setting, reference: Reference, all_steps: list[int
             latents = setting.sample("unipc", steps, setting.reusing_velocity(every))
             columns = reference.compare(setting, latents)
             print(f"| its difference anew each {every} steps | {steps} | {rows} | {columns}", flush=True)
+
+
+def compare_caching(setting: Setting, reference: Reference, all_steps: list[int]) -> None:
+    print("\n| unipc, inner blocks | steps | blocks | distance | spread | PSNR, dB |\n|---|---|---|---|---|---|")
+    count = len(setting.pipe.transformer.blocks)
+    for steps in all_steps:
+        columns = reference.compare(setting, setting.sample("unipc", steps, setting.velocity()))
+        print(f"| at each step | {steps} | {steps / 20:.0%} | {columns}", flush=True)
+        for every, outer in itertools.product(REUSES, OUTER_BLOCKS):
+            with setting.caching_velocity(every, outer) as velocity:
+                latents = setting.sample("unipc", steps, velocity)
+            computed = -(-steps // every) * (count - 2 * outer) + steps * 2 * outer
+            columns = reference.compare(setting, latents)
+            name = f"all but {outer} at both ends anew each {every} steps"
+            print(f"| {name} | {steps} | {computed / (20 * count):.0%} | {columns}", flush=True)
 
 
 def official_loop(pipe: GPSTokenPipeline, layout: Tensor, label: Tensor, steps: int, evaluations: int) -> None:
@@ -178,7 +236,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=9)
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50, 250])
-    parser.add_argument("--guidance_steps", type=int, nargs="+", default=[10, 15, 20])
+    parser.add_argument("--cheaper_steps", type=int, nargs="+", default=[10, 15, 20, 30], help="Of both last tables.")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="Default: the pipeline's.")
     parser.add_argument("--timed_steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
@@ -200,7 +258,9 @@ def main() -> None:
     if "samplers" in args.tables:
         compare_samplers(setting, reference, args.steps)
     if "guidance" in args.tables:
-        compare_guidance(setting, reference, args.guidance_steps)
+        compare_guidance(setting, reference, args.cheaper_steps)
+    if "caching" in args.tables:
+        compare_caching(setting, reference, args.cheaper_steps)
 
 
 if __name__ == "__main__":

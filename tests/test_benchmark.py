@@ -7,6 +7,7 @@ import math
 import os
 import sys
 
+import benchmark_gpu
 import pytest
 import torch
 from emulation.toolchain import find_compiler
@@ -136,6 +137,26 @@ def test_compiled(tmp_path):
         assert own["ours"]["operations"] == before["ours"]["operations"] > 0
         assert own["difference"] < 1e-4  # float32 in another order
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_parts_of_the_run_on_a_gpu_are_commands(tmp_path):
+    for part in benchmark_gpu.parts(tmp_path).values():
+        first, *others = part.arguments
+        if first != "-m":
+            assert os.path.isfile(first)
+        elif others[0] == "gpstoken_diffusers.benchmark":
+            assert command.build_parser().parse_args(others[1:]).device == "cuda"
+        else:
+            assert others[0] == "pytest" and os.path.isdir(others[-1])
+
+
+def test_a_part_that_fails_says_so_in_its_log(tmp_path, capfd):
+    arguments = ["-c", "import os; print('part', os.environ['PART']); raise SystemExit(int(os.environ['PART']))"]
+    for number in (0, 3):
+        part = benchmark_gpu.Part(arguments, {"PART": str(number)})
+        assert benchmark_gpu.run(f"part-{number}", part, tmp_path) == (number == 0)
+        assert (tmp_path / f"part-{number}.log").read_text() == f"part {number}\n"
+        assert f"part {number}\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .made_up import copy_in, made_up_model, made_up_pictures
 from .roofline import tensor_bytes, weight_bytes
-from .stages import OURS, TWIN, Settings, Stage
+from .stages import OURS, TWIN, Settings, Stage, warm_up_calls
 
 PICTURE_PX = 256
 STAGE = "encode + decode"
@@ -54,16 +54,23 @@ _TOYS = {
 
 
 def make_peer(name: str, settings: Settings) -> Stage:
-    """A row: the peer in float32 and in the dtype of the settings, as it comes."""
+    """A row: the peer in float32 as it comes, and in the dtype of the settings, compiled where ours is."""
     model_class, config = PEERS[name]
     if settings.toy:
         config = config | _TOYS[model_class]
     plain = made_up_model(model_class, config, settings.device)
     images = made_up_pictures(settings.batch_size, 64 if settings.toy else PICTURE_PX, settings.device)
     dtypes = {TWIN: torch.float32, OURS: settings.dtype}
-    runs = {way: _round_trip(copy_in(plain, config, dtype), images.to(dtype)) for way, dtype in dtypes.items()}
+    models = {way: copy_in(plain, config, dtype) for way, dtype in dtypes.items()}
+    if settings.compile_mode:
+        for network in (models[OURS].encoder, models[OURS].decoder):
+            network.compile(mode=settings.compile_mode, dynamic=False)
+    runs = {way: _round_trip(model, images.to(dtypes[way])) for way, model in models.items()}
     weights = {way: weight_bytes([plain], dtype) for way, dtype in dtypes.items()}
-    return Stage(name, STAGE, settings.device, runs, dtypes, dict.fromkeys(dtypes, tensor_bytes([images])), weights)
+    read = dict.fromkeys(dtypes, tensor_bytes([images]))
+    return Stage(
+        name, STAGE, settings.device, runs, dtypes, read, weights, warm_up_calls=warm_up_calls(settings)
+    )
 
 
 def _round_trip(model: nn.Module, images: Tensor) -> Callable[[], Sequence[Tensor]]:
@@ -72,6 +79,7 @@ def _round_trip(model: nn.Module, images: Tensor) -> Callable[[], Sequence[Tenso
         encoded = model.encode(images)
         # The mean where it is a distribution: sampling would make the two precisions differ.
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
-        return (model.decode(latents).sample,)
+        # A copy: compiled, they may lie in memory that the next graph uses.
+        return (model.decode(latents.clone()).sample,)
 
     return run

@@ -31,9 +31,6 @@ LAYOUT_PICTURE_PX = 256
 # Unless asked for otherwise; XL takes seconds for each on a CPU.
 SAMPLING_STEPS = {"mini": 20, "xl": 4}
 
-# One compiles, and where CUDA graphs are recorded, one more warms up and one records.
-COMPILED_WARM_UP_CALLS = 3
-
 TWIN, OURS = WAYS = ("twin", "ours")
 
 
@@ -111,8 +108,13 @@ def _stage(
         dict(zip(WAYS, map(tensor_bytes, inputs), strict=True)),
         {way: weight_reads * weight_bytes(modules, dtype) for way, dtype in dtypes.items()},
         note,
-        COMPILED_WARM_UP_CALLS if settings.compile_mode else 0,
+        warm_up_calls(settings),
     )
+
+
+def warm_up_calls(settings: Settings) -> int:
+    """Calls of what may be compiled before it is timed: one compiles, one warms up a CUDA graph, one records it."""
+    return 3 if settings.compile_mode else 0
 
 
 def _ours(plain: nn.Module, config: dict, settings: Settings) -> nn.Module:
