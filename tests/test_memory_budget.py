@@ -206,14 +206,14 @@ def test_merged_windows_are_smaller_where_there_is_no_room_for_the_usual_ones(mo
     assert grids == [(5, 2), (4, 2)] * 2
     for side, sizes in ((2, [(3, 2), (4, 2), (4, 2), (2, 2)]), (1, [(2, 2)] * 2 + [(3, 2)] * 10 + [(2, 2)] * 2)):
         grids.clear()
-        model.set_memory_budget(model._map_bytes((side + 2) * 2, (16, 16), merged=True))
+        model.set_memory_budget(model._map_bytes((side + 2) * 2, (16, 16)))
         sample = model.decode(tokens).sample
         assert grids == sizes * 2
         # The last normalisation is over the window, as in the test of the usual windows.
         assert (sample - whole).abs().mean() < 0.4 * whole.std()
     # Six rows or fewer are one pass, where a budget has room for it; then one picture comes after the other.
     short = GPSTokens(tokens.geometry[:, :24], tokens.texture[:, :24], (64, 64), (2, 2))
-    model.set_memory_budget(model._map_bytes(4, (16, 16), merged=True))
+    model.set_memory_budget(model._map_bytes(4, (16, 16)))
     grids.clear()
     model.decode(short)
     assert grids == [(2, 2)] * 2

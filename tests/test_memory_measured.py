@@ -106,3 +106,21 @@ for name, mode, budget in (("tile", "tile", 210), ("merge", "merge", 700)):
         assert used["decode"] <= used["budget"] + SLACK_MB, result
     assert result["tile"]["encode"] >= 0.3 * 210, result
     assert result["tile"]["decode"] >= 0.2 * 210, result
+
+
+def test_the_attention_of_a_map_decoder_never_holds_its_weights():
+    """They would be sixteen times as many for a tile of twice the size, 1 GB here; maps are four times as large."""
+    result = in_fresh_process(f"""
+torch.manual_seed(0)
+model = AutoencoderGPSToken(**{_MAP_MODEL}).eval()
+result = {{}}
+with torch.inference_mode():
+    tokens = model.encode(picture(256, torch.float32)).tokens
+    for size in (256, 512):
+        decode = lambda: model.decode(tokens, size=(size, size))
+        decode()
+        result[size] = [peak_memory_mb(decode, cpu), model._map_bytes(1, (size // 4, size // 4)) / 2**20]
+""")
+    for used, estimate in result.values():
+        assert 0.5 * estimate <= used <= estimate, result
+    assert result["512"][0] <= 4.5 * result["256"][0], result

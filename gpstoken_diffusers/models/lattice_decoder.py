@@ -102,7 +102,7 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = x
         x = self.conv1(self.norm1(x))
-        return residual + self.conv2(self.norm2(x))
+        return self.conv2(self.norm2(x)).add_(residual)  # in place, as in the stem
 
 
 class LatticeDecoder(nn.Module):

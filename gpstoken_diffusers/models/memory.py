@@ -136,11 +136,8 @@ class MemoryBudgetMixin:
 
     # Decoding with a "map" decoder
 
-    def _map_bytes(self, tiles: int, tile_size: Size, merged: bool = False) -> int:
-        """Bytes that so many tiles of `tile_size` map pixels take while a "map" decoder draws them.
-
-        merged: as one picture.
-        """
+    def _map_bytes(self, tiles: int, tile_size: Size) -> int:
+        """Bytes that so many tiles of `tile_size` map pixels take while a "map" decoder draws them."""
         config, item = self.config, self.dtype.itemsize
         widths = config.decoder_block_out_channels
         pixels = tile_size[0] * tile_size[1]
@@ -149,11 +146,10 @@ class MemoryBudgetMixin:
             before = widths[min(level + 1, len(widths) - 1)]
             # The first block of a resolution holds its input, that normed, the shortcut and a convolution. In half
             # precision, convolutions of so many channels take as much again for themselves (on a CPU, measured).
-            # Merged tiles come out of the attention in another memory format, which a norm first makes a copy of.
-            channels = (3 if merged else 2) * before + 2 * width
+            channels = 2 * before + 2 * width
             worst = max(worst, channels * FLOAT32 * pixels * 4 ** (len(widths) - 1 - level))
-        # Attention over a tile's map pixels: six maps, and where no fused kernel takes one head this wide, the weights.
-        attention = pixels * item * (8 * widths[-1] + 2 * pixels)
+        # Attention over a tile's map pixels holds maps alone: its weights come and go in blocks.
+        attention = pixels * item * 8 * widths[-1]
         painted = config.texture_channels * (FLOAT32 + 2 * item) * pixels
         return int(tiles * (max(worst, attention) + painted) * MARGIN) + FIXED_BYTES
 
@@ -176,7 +172,7 @@ class MemoryBudgetMixin:
         usual = min(MERGED_WINDOW_TILES, max(1, MERGED_WINDOW_TILES * self.config.map_size // max(tile_size)))
 
         def needed(side: int) -> int:
-            return self._map_bytes(math.prod(min(length, side + 2) for length in tile_grid), tile_size, merged=True)
+            return self._map_bytes(math.prod(min(length, side + 2) for length in tile_grid), tile_size)
 
         whole = max(tile_grid) <= usual + 2
         if self._memory_budget is None:

@@ -24,8 +24,8 @@ class StemBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         residual = hidden_states
         hidden_states = self.conv1(self.norm1(hidden_states, silu=True))
-        hidden_states = self.conv2(self.norm2(hidden_states, silu=True))
-        return residual + hidden_states
+        # In place: at full resolution, fresh memory takes longer than the sum.
+        return self.conv2(self.norm2(hidden_states, silu=True)).add_(residual)
 
 
 class ImageStem(nn.Module):
