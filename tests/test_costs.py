@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from model_zoo import tiny_model
+from model_zoo import noise_images, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -127,6 +127,21 @@ def test_memory_of_one_reconstruction(mini):
     encoding, decoding = counted(mini.encode, pixels), counted(mini.decode, tokens)
     assert encoding.allocations <= 1.1 * 204 and encoding.allocated <= 1.1 * 28.0e6
     assert decoding.allocations <= 1.1 * 86 and decoding.allocated <= 1.1 * 60.3e6
+
+
+@needs_native
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
+def test_the_map_decoder_keeps_its_memory_format(grid):
+    """Channels innermost from end to end: else attention holds all its weights, and convolutions copy their maps."""
+    model = tiny_model("map", decode_mode="merge")
+    tokens = model.encode(noise_images(2, 32 * grid[0], 32 * grid[1])).tokens
+    feature_map = model.render(tokens).contiguous(memory_format=torch.channels_last)
+    decoding = counted(model.decoder, feature_map, tokens.tile_grid)
+    assert decoding.calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1
+    assert decoding.calls["aten::_softmax"] == decoding.calls["aten::bmm"] == 0
+    # Tiles are cut out for the attention and put together again; one alone is neither.
+    attended = feature_map.shape[0] * feature_map[0, 0].numel() * 32 * 4
+    assert decoding.copied == (0 if grid == (1, 1) else 2 * attended)
 
 
 def evaluations(images: Tensor, num_tokens: int) -> int:
