@@ -3,6 +3,8 @@
 // depend on the number of threads.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 #include "cpu_buffer.h"
 #include "cpu_isa.h"
@@ -28,7 +30,7 @@ template <class T>
 struct Kernels {
     decltype(&baseline::pixel_norm_rows<T, true>) pixel_norm_rows;
     decltype(&baseline::pixel_norm_backward_rows<T, true>) pixel_norm_backward_rows;
-    decltype(&baseline::channel_moments<T>) channel_moments;
+    decltype(&baseline::add_pixels<T>) add_pixels;
     decltype(&baseline::add_moments) add_moments;
     decltype(&baseline::channel_norm_rows<T, true>) channel_norm_rows;
     decltype(&baseline::tile_norm_row<T, true>) tile_norm_row;
@@ -38,7 +40,7 @@ struct Kernels {
 
 #define GPSTOKEN_NORM_KERNELS(isa)                                                                               \
     {                                                                                                            \
-        isa::pixel_norm_rows<T, kSilu>, isa::pixel_norm_backward_rows<T, kSilu>, isa::channel_moments<T>,        \
+        isa::pixel_norm_rows<T, kSilu>, isa::pixel_norm_backward_rows<T, kSilu>, isa::add_pixels<T>,             \
             isa::add_moments, isa::channel_norm_rows<T, kSilu>, isa::tile_norm_row<T, kSilu>,                    \
             isa::channel_norm_sums<T, kSilu>, isa::channel_norm_backward_rows<T, kSilu>                          \
     }
@@ -81,12 +83,10 @@ void pixel_norm(const T* x, const float* weight, const float* bias, T* out, int6
     const int64_t padded = round_up(C, kMaxLanes);
     const int threads = useful_threads(P * C, num_threads);
     const Buffer w = padded_copy(weight, C, padded), b = padded_copy(bias, C, padded);
-    const Buffer scratch = make_buffer(threads * padded);
     const auto k = kernels<T>(silu);
-    parallel_for(blocks_of(P), threads, [&](int64_t block, int worker) {
+    parallel_for(blocks_of(P), threads, [&](int64_t block, int) {
         const int64_t first = block * kPixelsPerBlock * C;
-        k.pixel_norm_rows(x + first, w.get(), b.get(), out + first, block_size(block, P), C, padded, eps,
-                          scratch.get() + worker * padded);
+        k.pixel_norm_rows(x + first, w.get(), b.get(), out + first, block_size(block, P), C, eps);
     });
 }
 
@@ -124,28 +124,28 @@ struct Sizes {
 // Mean and biased variance of each group in each tile, both (B, G, rows, cols).
 template <class T>
 void group_statistics(const T* x, float* mean, float* variance, const Sizes& s, int num_threads) {
-    constexpr int64_t kPartsPerImage = 32;  // work for so many threads
+    // Work for so many threads, but enough blocks in a part to pay for its first, which is read twice.
+    constexpr int64_t kPartsPerImage = 32, kBlocksPerPart = 8;
     const int64_t padded = round_up(s.C, kMaxLanes), size = s.C / s.G;
     const int64_t tile_height = s.H / s.rows, tile_width = s.W / s.cols;
     // A tile as wide as the map is one long row of pixels.
     const int64_t lines = s.cols == 1 ? 1 : tile_height, line = tile_height * tile_width / lines;
     const int64_t pieces = blocks_of(line), blocks = lines * pieces, places = s.rows * s.cols, tiles = s.B * places;
-    const int64_t parts = std::min(blocks, divide_up(kPartsPerImage, places));
+    const int64_t parts = std::min(divide_up(blocks, kBlocksPerPart), divide_up(kPartsPerImage, places));
     const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
-    std::vector<double> figures(static_cast<size_t>((tiles * parts + threads) * 2 * padded), 0.0);
-    std::vector<Moments> moments;  // of every part of a tile, then of a block for each thread
+    std::vector<double> figures(static_cast<size_t>(tiles * parts * 2 * padded), 0.0);
+    std::vector<Moments> moments;  // of every part of a tile
     for (double* own = figures.data(); own < figures.data() + figures.size(); own += 2 * padded)
         moments.push_back({0.0, own, own + padded});
     const auto k = kernels<T>(false);
-    parallel_for(tiles * parts, threads, [&](int64_t item, int worker) {
+    parallel_for(tiles * parts, threads, [&](int64_t item, int) {
         const int64_t tile = item / parts, part = item % parts;
         const int64_t image = tile / places, row = tile / s.cols % s.rows, col = tile % s.cols;
         const int64_t corner = (image * s.H + row * tile_height) * s.W + col * tile_width;
-        Moments& own = moments[tiles * parts + worker];
         for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
-            const int64_t pixel = corner + block / pieces * s.W + block % pieces * kPixelsPerBlock;
-            k.channel_moments(x + pixel * s.C, block_size(block % pieces, line), s.C, &own);
-            k.add_moments(own, s.C, &moments[item]);
+            const int64_t y = block / pieces, piece = block % pieces;
+            const int64_t begin = line * piece / pieces, end = line * (piece + 1) / pieces;  // much the same sizes
+            k.add_pixels(x + (corner + y * s.W + begin) * s.C, end - begin, s.C, &moments[item]);
         }
     });
     parallel_for(tiles, threads, [&](int64_t tile, int) {

@@ -32,6 +32,9 @@ SHAPES = [
     ((3, 48, 1, 70), 3),
     ((2, 192, 8, 8), 32),
     ((1, 128, 33, 64), 32),
+    ((1, 1, 40, 33), 1),
+    ((2, 31, 1, 1), 1),
+    ((1, 33, 24, 50), 11),
 ]
 # What a result may be off by, of its largest value: a few roundings of the type; float32 sums of some thousand terms.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -122,12 +125,64 @@ def test_without_the_library(monkeypatch, shape, num_groups):
     check(shape, num_groups, torch.float32, True, "contiguous")
 
 
+def times(x: Tensor, weight: Tensor, silu: bool = False) -> Tensor:
+    """x times weight, both (C,), by way of a norm whose mean is 0 and deviation 1."""
+    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    bias = torch.full_like(weight, -0.0)  # 0 would lose the sign of -0
+    return tile_norm(x.reshape(1, -1, 1, 1), zero, one, zero[..., 0, 0], weight, bias, 0.0, silu=silu).flatten()
+
+
+def check_conversions() -> None:
+    """Every 16-bit number is read and written as it is, and float32 rounded as torch does."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16)
+    # Random bits, numbers halfway between two of 16 bits and beside that, and what is no number with all bits set.
+    random = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0))
+    wide = every.int()[:, None] * 2**16 + torch.tensor([0x7FFF, 0x8000, 0x8001, 0x1000, 0x3000, 0xFFFF])
+    weight = torch.cat([random.int(), wide.int().flatten(), torch.tensor([-1, 2**31 - 1]).int()]).view(torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = every.view(dtype)
+        for ours, theirs in (
+            (times(x, torch.ones(2**16)), x),
+            (times(torch.ones_like(weight, dtype=dtype), weight), weight.to(dtype)),
+        ):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            number = ~theirs.isnan()
+            assert torch.equal(ours[number].view(torch.int16), theirs[number].view(torch.int16)), dtype
+
+
+def check_activation() -> None:
+    """SiLU within a few units of float32's last place, and hardly more than a rounding where there are fewer bits."""
+    for dtype, allowed in ((torch.float32, 3.5e-7), (torch.float16, 1.01 * 2**-11), (torch.bfloat16, 1.2 * 2**-8)):
+        z = torch.linspace(-80, 80, 100_001).to(dtype)
+        z = z[(z.abs() > 1e-3) & (z > (-6 if dtype == torch.float16 else -80))]  # below, float16 has fewer bits
+        exact = z.double() * z.double().sigmoid()
+        ours = times(z, torch.ones(len(z)), silu=True)
+        assert ((ours - exact) / exact).abs().max() <= allowed, dtype
+        far = torch.tensor([-1e4, -200, 200, 1e4], dtype=dtype)
+        torch.testing.assert_close(times(far, torch.ones(4), silu=True), far.clamp(min=0), rtol=allowed, atol=0)
+
+
+def check_no_number(bad: float, dtype: torch.dtype, channel: int) -> None:
+    """One bad number spoils its pixel, or its group, and nothing else."""
+    x, weight, bias, _ = inputs((2, 33, 9, 16), dtype)
+    x[0, channel, 8, 2] = bad
+    out = pixel_norm(x, weight, bias, 1e-5, silu=True)
+    assert out[0, :, 8, 2].isnan().all() and out.isnan().sum() == 33
+    out = group_norm(x, weight, bias, 11, 1e-6, silu=True)
+    group = channel // 3 * 3
+    assert out[0, group : group + 3].isnan().all() and out.isnan().sum() == 3 * 9 * 16
+
+
 ONE_INSTRUCTION_SET = """
 import itertools, torch
 from gpstoken_diffusers.ops import native
-from test_norm import DTYPES, SHAPES, check
+from test_norm import DTYPES, SHAPES, check, check_activation, check_conversions, check_no_number
 for (shape, groups), dtype, silu in itertools.product(SHAPES, DTYPES, (False, True)):
     check(shape, groups, dtype, silu, "channels_last")
+check_conversions()
+check_activation()
+for bad, dtype, channel in itertools.product((float("nan"), float("inf"), -float("inf")), DTYPES, (0, 20, 32)):
+    check_no_number(bad, dtype, channel)
 print(native.library("cpu").gpstoken_cpu_isa().decode())
 """
 
@@ -182,6 +237,21 @@ def test_statistics_do_not_cancel(mean):
 
 
 @needs_native
+@pytest.mark.parametrize("size", [(16, 16), (96, 97)])
+def test_statistics_of_uneven_maps(size):
+    """Numbers that differ from all before or behind them: no pixel, row or part of the map stands for the others."""
+    plain = torch.randn(1, 48, *size, generator=torch.Generator().manual_seed(0))
+    maps = [plain.clone() for _ in range(4)]
+    maps[0][..., 0, 0] = 1e5
+    maps[1][..., 0] = 1e4
+    maps[2][..., size[0] // 2 :, :] += 1e5
+    maps[3] += 1e3 * torch.arange(48).reshape(48, 1, 1) + torch.arange(size[0])[:, None] ** 2
+    for x in maps:
+        for ours, theirs in zip(group_statistics(x, 6), group_statistics_reference(x.double(), 6, 1, 1), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
+
+
+@needs_native
 def test_a_large_mean_is_taken_off_first():
     x = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)) + 10_000
     weight, bias = torch.ones(32), torch.zeros(32)
@@ -207,17 +277,6 @@ def test_flat_maps():
 
 
 @needs_native
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_visible(bad):
-    x, weight, bias, _ = inputs((2, 32, 4, 4), torch.float32)
-    x[0, 3, 1, 2] = bad
-    out = pixel_norm(x, weight, bias, 1e-5, silu=True)
-    assert out[0, :, 1, 2].isnan().all() and out.isnan().sum() == 32
-    out = group_norm(x, weight, bias, 8, 1e-6, silu=True)
-    assert out[0, :4].isnan().all() and out.isnan().sum() == 4 * 16
-
-
-@needs_native
 def test_large_inputs_of_the_activation():
     """SiLU far out: 0 on one side, the identity on the other, without overflow on the way."""
     x = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1, 1)
@@ -230,13 +289,15 @@ def test_large_inputs_of_the_activation():
 
 
 @needs_native
-def test_threads_do_not_matter():
-    tensors = inputs((2, 96, 40, 37), torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_matter(dtype):
+    tensors = inputs((2, 96, 40, 37), dtype)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             results.append([tensor for _, ours, _ in definitions(8, True) for tensor in with_gradients(ours, *tensors)])
+            results[-1] += [figure for grid in ((1, 1), (4, 37)) for figure in group_statistics(tensors[0], 8, grid)]
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
