@@ -198,3 +198,26 @@ def test_importing_says_nothing_and_pulls_in_no_compiler() -> None:
     result = run_code(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "" and (native.library("cpu") is None or result.stderr == "")
+
+
+_FORKED = """
+import os, signal, torch
+from gpstoken_diffusers.ops.group_norm import group_statistics
+torch.set_num_threads(2)
+x = torch.rand(1, 64, 128, 128).contiguous(memory_format=torch.channels_last)
+expected = group_statistics(x, 32)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    found = group_statistics(x, 32)
+    os._exit(not all(map(torch.equal, found, expected)))
+print("status", os.waitpid(child, 0)[1])
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts a process by fork")
+def test_a_forked_process_does_not_wait_for_threads_that_it_lacks():
+    """OpenMP's, of which a fork knows but which did not come along."""
+    done = run_code(_FORKED)
+    assert done.stdout.split() == ["status", "0"], done.stderr

@@ -49,7 +49,8 @@ def test_work_per_pixel_does_not_grow_with_the_picture(kind):
     encode, decode = zip(*per_pixel.values(), strict=True)
     assert max(encode) == pytest.approx(min(encode), rel=1e-6)
     if kind == "map":
-        assert max(decode) == pytest.approx(min(decode), rel=1e-6)
+        # Each call of the decoder adds up weights anew, and nine tiles are fewer to a call than 144.
+        assert max(decode) == pytest.approx(min(decode), rel=1e-3)
     else:
         # A window's halo is cut off at the picture's border, so that small pictures are a little cheaper; it is at
         # most what a window inside takes, (1 + 2 halos / side)^2 of its own pixels.

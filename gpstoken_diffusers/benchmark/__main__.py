@@ -166,7 +166,8 @@ def _conditions(args: argparse.Namespace, settings: Settings, peak: Peak) -> Con
         "matrix_product_flop_per_s": products,
         "copy_bytes_per_s": peak.bytes_per_s,
     }
-    return Conditions(f"Speed of gpstoken_diffusers on {device}{toys}", lines, values, args.rounds, args.dtype, peak)
+    title = f"Speed of gpstoken_diffusers on {name}, {args.dtype}{toys}"
+    return Conditions(title, lines, values, args.rounds, args.dtype, peak)
 
 
 def _speeds(products: dict[str, float]) -> str:

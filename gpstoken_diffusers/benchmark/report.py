@@ -129,7 +129,7 @@ def plot_advice() -> str | None:
 
 
 def write_plot(path: Path, rows: Sequence[Row], conditions: Conditions) -> None:
-    """A bar for each row: times as fast as the twin on the left, share of the roofline on the right; a PNG file.
+    """Bars for each row: times as fast as the twin, milliseconds, share of the roofline; a PNG file.
 
     Raises ImportError: no matplotlib, see [`plot_advice`].
     """
@@ -138,9 +138,9 @@ def write_plot(path: Path, rows: Sequence[Row], conditions: Conditions) -> None:
 
     names = [f"{row.size}: {row.stage}" for row in rows]
     places = list(range(len(rows)))[::-1]
-    figure = Figure(figsize=(11, 1.6 + 0.27 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(13, 1.6 + 0.27 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    speed, roof = figure.subplots(1, 2, sharey=True)
+    speed, duration, roof = figure.subplots(1, 3, sharey=True)
     own = ["tab:gray" if row.peer else "tab:blue" for row in rows]
     # From 1 to either side: the axis is logarithmic and has no zero.
     speed.barh(places, [row.times_as_fast - 1 for row in rows], left=1, color=own)
@@ -151,10 +151,14 @@ def write_plot(path: Path, rows: Sequence[Row], conditions: Conditions) -> None:
     speed.set_xlabel("times as fast as plain float32 (grey: peers)")
     for way, offset, color in ((OURS, 0.2, "tab:blue"), (TWIN, -0.2, "tab:orange")):
         heights = [place + offset for place in places]
+        milliseconds = [1000 * row.timings[way].median for row in rows]
+        duration.barh(heights, milliseconds, height=0.4, color=color, label=way)
         roof.barh(heights, [100 * row.share(way, conditions.peak) for row in rows], height=0.4, color=color, label=way)
+    duration.set_xscale("log")
+    duration.set_xlabel(f"milliseconds (of peers: {conditions.dtype}, float32)")
     roof.set_xlabel("share of the roofline, %")
-    roof.legend(loc="lower right")
     figure.suptitle(conditions.title, fontsize=10)
+    figure.legend(*roof.get_legend_handles_labels(), loc="outside upper right", ncols=len(WAYS))
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
     write_atomically(path, data.getvalue())

@@ -18,7 +18,7 @@ LOCAL_WINDOW_TILES = 2
 # Estimates count the tensors that are alive at the worst moment. The rest (norm statistics, scratch of threads, what
 # the allocator rounds up) is this share more, and so many bytes whatever the size: the first convolutions of a process
 # leave some 15 MB behind.
-MARGIN = 1.15
+MARGIN = 1.2
 FIXED_BYTES = 16 * 2**20
 FLOAT32 = 4
 
