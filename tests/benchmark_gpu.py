@@ -44,6 +44,7 @@ def parts(output: Path) -> dict[str, Part]:
         "splat": Part(_script("splat_cuda")),
         "partition": Part(_script("partition")),
         "generation": Part(_script("generation", "--tables", "speed")),
+        "training": Part(_script("training", "--device", "cuda", "--batch_size", "32", "--steps", "60")),
         "harness": Part([*harness, "--batch_size", "8", "--peers", "--output", str(output / "eager")]),
         "harness-compiled": Part([*compiled, "--batch_size", "8", "--peers", "--output", str(output / "compiled")]),
         "harness-one": Part([*compiled, "--output", str(output / "compiled-one-picture")]),

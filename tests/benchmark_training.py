@@ -2,23 +2,28 @@
 """Images per second that examples/train_autoencoder.py trains, against the same loop without native operations.
 
     python tests/benchmark_training.py data/photographs/train
+    python tests/benchmark_training.py --device cuda --batch_size 32 --steps 60  # the demo photograph, many times
 
 The slow one partitions in NumPy and splats densely in PyTorch, in float32: a straightforward loop. Every variant is a
-run of its own from start to end; variants take turns, medians are shown, with the time until the first batch. Two
-processes share the global batch, a thread each; one process has one thread too.
+run of its own from start to end; variants take turns, medians are shown, with the time until the first batch. On the
+CPU every process has one thread, and two share the global batch; on a GPU there is one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from gpstoken_diffusers.assets import DEMO_PHOTOGRAPH
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_autoencoder.py"
 # name: (processes, environment, arguments)
@@ -41,7 +46,9 @@ def run(variant: str, args: argparse.Namespace) -> tuple[float, float]:
             str(args.resolution), "--num_tokens", str(args.num_tokens), "--batch_size", str(batch_size),
             "--max_train_steps", str(args.steps), "--report_to", "none", "--token_jitter", "0", *more,
         ]  # fmt: skip
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+        variables = dict(os.environ)
+        if args.device == "cpu":
+            variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
         done = subprocess.run(command, env=variables | environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-3000:])
@@ -53,16 +60,21 @@ def run(variant: str, args: argparse.Namespace) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", help="Folder of photographs.")
+    parser.add_argument("images", nargs="?", help="Folder of photographs. Default: the demo photograph alone.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--num_tokens", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=4, help="Of all processes together.")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    results = {name: [] for name in VARIANTS}
-    for _ in range(args.rounds):
-        for name in VARIANTS:
+    variants = [name for name, (processes, *_) in VARIANTS.items() if args.device == "cpu" or processes == 1]
+    results = {name: [] for name in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.images is None:
+            shutil.copy(DEMO_PHOTOGRAPH, folder)
+            args.images = folder
+        for _, name in itertools.product(range(args.rounds), variants):
             results[name].append(run(name, args))
     slow = statistics.median(rate for rate, _ in results["reference operations, float32"])
     print("| variant | images per second | times the first | first batch, s |\n|---|---|---|---|")
