@@ -124,3 +124,23 @@ with torch.inference_mode():
     for used, estimate in result.values():
         assert 0.5 * estimate <= used <= estimate, result
     assert result["512"][0] <= 4.5 * result["256"][0], result
+
+
+def test_windows_with_ever_other_numbers_of_tokens_leave_nothing_behind():
+    """oneDNN keeps what it compiled for each number of rows: a hundred of them were 110 MB."""
+    result = in_fresh_process("""
+from gpstoken_diffusers.models.windows import Window
+decoder = AutoencoderGPSToken.from_pretrained(MINI, dtype=torch.bfloat16).decoder.eval()
+geometry = torch.rand(5000, 5, generator=generator) * 2 - 1
+geometry[:, :3] = torch.tensor([0.01, 0.01, 0.0])
+texture = torch.randn(5000, 32, generator=generator).bfloat16()
+def paint(count):
+    decoder.paint_window(geometry[:count], texture[:count], (256, 256), Window(0, 0, 64, 64))
+with torch.inference_mode():
+    for count in (3000, 4000, 5000):
+        paint(count)
+    result = peak_memory_mb(lambda: [paint(count) for count in range(3000, 5000, 20)], cpu)
+    one = peak_memory_mb(lambda: paint(5000), cpu)
+result = [result, one]
+""")
+    assert result[0] <= result[1] + 20, result

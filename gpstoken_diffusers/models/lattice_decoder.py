@@ -20,6 +20,8 @@ REACH_SIGMAS = 1.5
 ANTIALIAS_PX = 0.5
 # Weight that an unpainted place has beside the painted ones, so that 0 / 0 cannot occur.
 BACKGROUND_WEIGHT = 0.1
+# The tokens of a window are filled up to a multiple of this.
+TOKENS_ROUNDED_TO = 256
 # Blocks at twice the map's resolution: four times the memory traffic of one below, and little left to decide.
 NUM_FINE_LAYERS = 1
 
@@ -196,7 +198,10 @@ class LatticeDecoder(nn.Module):
         """
         near = self.reaches(geometry, map_size, window)
         geometry, texture = geometry[near], texture[near]
-        features = self._lattice_features(geometry, texture, map_size)
+        # In round numbers: on a CPU, oneDNN keeps a program of a megabyte for each number of rows that it has seen.
+        spare = (0, 0, 0, -len(geometry) % TOKENS_ROUNDED_TO)
+        features = self._lattice_features(F.pad(geometry, spare, value=1.0), F.pad(texture, spare), map_size)
+        features = features[: len(geometry)]
         # Stands for no token where a cell has fewer than its neighbours: far outside.
         nothing = geometry.new_tensor([0.0, 0.0, 0.0, 8.0, 8.0]).expand(1, 5)
         features = torch.cat([features, features.new_zeros(1, *features.shape[1:])])
