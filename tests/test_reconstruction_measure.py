@@ -107,6 +107,9 @@ def test_batches_make_no_difference(squares):
     for row in rows:
         for name in (ENCODED_PER_SECOND, DECODED_PER_SECOND, MEMORY):
             row.figures.pop(name)
+    # Convolutions round otherwise in batches, by 1e-6: now and then a number falls on the other side of a code's edge,
+    # and a file is a byte longer.
+    assert rows[0].figures.pop(CODED) == pytest.approx(rows[1].figures.pop(CODED), abs=3)
     assert rows[0].figures == pytest.approx(rows[1].figures, rel=1e-4)
     assert rows[0].coded_bytes == pytest.approx(rows[1].coded_bytes, abs=3)
     assert [case.place for case in rows[0].cases.worst] == [case.place for case in rows[1].cases.worst]
