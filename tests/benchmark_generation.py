@@ -43,7 +43,7 @@ REFERENCE_STEPS = 1000
 TABLES = ("speed", "samplers", "guidance", "caching")
 INTERVALS = ((0.0, 1.0), (0.1, 1.0), (0.2, 1.0), (0.3, 1.0), (0.0, 0.9), (0.0, 0.8), (0.0, 0.7))
 REUSES = (2, 3)
-# Of the network's blocks, those at both ends that are computed at every step; and how often the others are.
+# Of the network's blocks, how many at either end are computed at every step; the others are at each `REUSES`-th.
 OUTER_BLOCKS = (1, 2, 3)
 
 Flow = Callable[[Tensor, float], Tensor]

@@ -68,9 +68,7 @@ def make_peer(name: str, settings: Settings) -> Stage:
     runs = {way: _round_trip(model, images.to(dtypes[way])) for way, model in models.items()}
     weights = {way: weight_bytes([plain], dtype) for way, dtype in dtypes.items()}
     read = dict.fromkeys(dtypes, tensor_bytes([images]))
-    return Stage(
-        name, STAGE, settings.device, runs, dtypes, read, weights, warm_up_calls=warm_up_calls(settings)
-    )
+    return Stage(name, STAGE, settings.device, runs, dtypes, read, weights, warm_up_calls=warm_up_calls(settings))
 
 
 def _round_trip(model: nn.Module, images: Tensor) -> Callable[[], Sequence[Tensor]]:
