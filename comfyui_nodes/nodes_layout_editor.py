@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from gpstoken_diffusers import GPSTokens
-    from gpstoken_diffusers.layout_edits import LayoutEdits
+
+    from .layout_edits import LayoutEdits
 
 DIGITS = 6  # of what the page shows; Gaussians that nobody touches keep all theirs
 FOREIGN_EDITS = (
@@ -58,7 +59,8 @@ class GPSLayoutEditor(io.ComfyNode):
     @classmethod
     def execute(cls, tokens, edits="", image=None) -> io.NodeOutput:
         from gpstoken_diffusers import GPSTokens
-        from gpstoken_diffusers.layout_edits import LayoutEdits
+
+        from .layout_edits import LayoutEdits
 
         edits = LayoutEdits.parse(edits)
         view = {"layout_editor": [shown(tokens.validate(), image, edits)]}
@@ -81,8 +83,9 @@ def shown(tokens: GPSTokens, image: torch.Tensor | None, edits: LayoutEdits) -> 
     The page takes the edits to be of this layout if they have its fingerprint to the digit, so that only
     `is_foreign_to` knows of tolerances: a layout that the edits fit gets the fingerprint that they carry.
     """
-    from gpstoken_diffusers.layout_edits import layout_fingerprint
     from gpstoken_diffusers.token_editing import deleted_tokens
+
+    from .layout_edits import layout_fingerprint
 
     first = tokens[0]
     known = edits.fingerprint is not None and not edits.is_empty and edits.num_tokens == tokens.num_tokens

@@ -1,7 +1,7 @@
 /* The C interface of the native libraries: plain pointers and sizes, no torch, no C++ types.
  *
  * libgpstoken_cpu, libgpstoken_cuda and libgpstoken_nvrtc export the functions below;
- * gpstoken_diffusers/ops/native.py loads them with ctypes. Raise GPSTOKEN_ABI_VERSION whenever a signature or the
+ * gpstoken_diffusers/ops/backend/native.py loads them with ctypes. Raise GPSTOKEN_ABI_VERSION whenever a signature or the
  * meaning of an argument changes, here and in native.py: a library of another version is refused instead of called
  * wrongly.
  *

@@ -1,6 +1,6 @@
 // The other half of cuda_launch.h: kernels for a host side without CUDA's compiler and runtime. All that it has of them
 // is their names; whoever loads the library compiles them by NVRTC and queues them through CUDA's driver
-// (gpstoken_diffusers/ops/run_time_kernels.py).
+// (gpstoken_diffusers/ops/backend/run_time_kernels.py).
 //
 // Each stand-in is called as its kernel, so that the host side reads the same with either.
 #pragma once

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
-from .ops.layouts import layout_from_mask
-from .tile_partition import partition_tiles
+from .layouts.of_pictures import partition_tiles
+from .layouts.requested import layout_from_mask
 from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
 from .tokens import GPSTokens
 

@@ -22,7 +22,7 @@ Nothing is ever off by more than half a step. The step of a centre is a fraction
 that axis with the other coordinate held, so that small tokens are placed as well, for their size, as large ones,
 whatever the picture's size, and a token's error does not depend on any other token. 2^-14 is 1/128 pixel of a tile of
 256. The geometry's step is where a byte spent on it gains as much as one spent on the texture: on photographs it takes
-a sixth of the bytes and makes a sixth of the squared error. `tests/benchmark_token_files.py` tells what pictures lose.
+a sixth of the bytes and makes a sixth of the squared error. `tests/benchmarks/benchmark_token_files.py` measures it.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Generator, Tensor
 
-from ..schedulers.flow_time import data_times, set_timesteps, to_model_output
+from gpstoken_diffusers.schedulers.flow_time import data_times, set_timesteps, to_model_output
 
 if TYPE_CHECKING:
-    from ..tokens import GPSTokens
+    from gpstoken_diffusers.tokens import GPSTokens
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 Labels = int | str | Sequence[int | str] | Tensor | None

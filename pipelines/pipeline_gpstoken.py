@@ -13,13 +13,14 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from ..image_processor import GPSTokenImageProcessor, ImageLike
-from ..layout_bank import LayoutBank
-from ..models.autoencoder_gpstoken import AutoencoderGPSToken
-from ..models.transformer_gpstoken import GPSTokenTransformerModel
-from ..models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
-from ..ops.calibration import calibrate_layout
-from ..tokens import GEOMETRY_CHANNELS, GPSTokens
+from gpstoken_diffusers.image_processor import GPSTokenImageProcessor, ImageLike
+from gpstoken_diffusers.layouts.bank import LayoutBank
+from gpstoken_diffusers.layouts.calibration import calibrate_layout
+from gpstoken_diffusers.models.autoencoder_gpstoken import AutoencoderGPSToken
+from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerModel
+from gpstoken_diffusers.models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
+from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS, GPSTokens
+
 from .flow_sampling import FlowSamplingMixin, Labels, StepCallback, label_ids, sample_generators
 from .portable_folder import PortableFolderMixin
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from ..image_processor import ImageLike
-from ..layout_bank import LayoutBank
-from ..schedulers.flow_time import data_times, mix_noise, set_timesteps
-from ..token_matching import swap_texture
-from ..tokens import GPSTokens
+from gpstoken_diffusers.image_processor import ImageLike
+from gpstoken_diffusers.layouts.bank import LayoutBank
+from gpstoken_diffusers.schedulers.flow_time import data_times, mix_noise, set_timesteps
+from gpstoken_diffusers.token_matching import swap_texture
+from gpstoken_diffusers.tokens import GPSTokens
+
 from .flow_sampling import Labels, StepCallback, draw_noise, sample_generators
 from .pipeline_gpstoken import OUTPUT_TYPES, GPSTokenPipeline, GPSTokenPipelineOutput
 

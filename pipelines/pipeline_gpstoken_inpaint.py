@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from ..image_processor import ImageLike
-from ..token_editing import select_by_mask
-from ..tokens import GPSTokens
+from gpstoken_diffusers.image_processor import ImageLike
+from gpstoken_diffusers.token_editing import select_by_mask
+from gpstoken_diffusers.tokens import GPSTokens
+
 from .flow_sampling import Labels, StepCallback
 from .pipeline_gpstoken import GPSTokenPipelineOutput
 from .pipeline_gpstoken_img2img import GPSTokenImg2ImgPipeline

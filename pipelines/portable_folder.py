@@ -15,9 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import gpstoken_diffusers
-
-from ..models.loading import refuse_unknown_settings
-from ..safe_files import write_atomically
+from gpstoken_diffusers.models.loading import refuse_unknown_settings
+from gpstoken_diffusers.safe_files import write_atomically
 
 if TYPE_CHECKING:
     from typing_extensions import Self

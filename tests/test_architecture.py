@@ -13,10 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower layers first; a file imports from its own layer or from lower ones.
 LAYERS = [
-    ("safe_files", "safe_pickle", "ops", "assets", "tiling", "tile_partition", "metrics", "distances", "convert")
-    + ("tokens", "token_files", "token_editing", "token_matching", "layout_bank", "layout_edits"),
+    ("safe_files", "assets", "tiling", "tokens", "token_files", "token_editing", "token_matching"),
+    ("ops",),
+    ("layouts",),
     ("image_processor", "visualization"),
-    ("models", "schedulers"),
+    ("models",),
+    ("schedulers",),
+    ("evaluation",),
     ("training", "pipelines"),
     ("cli", "benchmark", "comfyui_nodes", "__main__"),
 ]
@@ -69,7 +72,7 @@ def test_imports_point_one_way(name, path):
 def test_only_the_native_module_knows_the_libraries():
     """csrc's, that is; NVIDIA's compiler and driver have a module each."""
     loading = {name for name, path in package_files() if "ctypes.CDLL(" in path.read_text(encoding="utf-8")}
-    assert loading == {"ops.native", "ops.nvrtc", "ops.cuda_driver"}
+    assert loading == {"ops.backend.native", "ops.backend.nvrtc", "ops.backend.cuda_driver"}
 
 
 def run_fresh(code: str) -> str:
@@ -108,7 +111,7 @@ def test_no_pickle_is_ever_loaded():
     """One file reads weights that others made with torch.save, and makes tensors of them only."""
     for name, path in package_files():
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        harmless = [node.func for node in nodes if name == "training.weight_files" and makes_tensors_only(node)]
+        harmless = [node.func for node in nodes if name == "evaluation.weight_files" and makes_tensors_only(node)]
         for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node not in harmless:
                 called = (node.value.id, node.attr)

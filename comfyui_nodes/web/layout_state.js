@@ -1,6 +1,6 @@
 // The Gaussians that the Layout Editor shows, what was done to them, and the way back.
 //
-// The text is a state, not a list of operations; gpstoken_diffusers/layout_edits.py reads it and says what it means.
+// The text is a state, not a list of operations; comfyui_nodes/layout_edits.py reads it and says what it means.
 
 import {area, fromPixels, toPixels, transformed} from "./gaussian_geometry.js";
 

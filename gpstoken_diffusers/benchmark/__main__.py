@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..ops import native
+from ..ops.backend import native
 from .harness import Row, all_stages, measure_stage, memory_in_fresh_process, memory_key, memory_of
 from .peers import PEERS
 from .report import Conditions, plot_advice, write_plot, write_report

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import convert
 from ..assets import MINI, MINI_PIPELINE
+from ..models import official_checkpoints
 
 # What the toys of --quick change.
 _TOY_MAP = {
@@ -55,8 +55,8 @@ def autoencoder_config(size: str, toy: bool) -> dict | None:
     """Constructor arguments of a size's autoencoder; None for a size that has none."""
     if size == "mini":
         config = _saved_config(MINI)
-    elif size in convert.PRESETS:
-        config = dict(convert.PRESETS[size])
+    elif size in official_checkpoints.PRESETS:
+        config = dict(official_checkpoints.PRESETS[size])
     else:
         return None
     if toy:
@@ -68,8 +68,8 @@ def generator_config(size: str, toy: bool) -> dict | None:
     """Constructor arguments of a size's second stage; None for a size that has none."""
     if size == "mini":
         config = _saved_config(MINI_PIPELINE / "transformer")
-    elif size in convert.GENERATOR_PRESETS:
-        config = dict(convert.GENERATOR_PRESETS[size])
+    elif size in official_checkpoints.GENERATOR_PRESETS:
+        config = dict(official_checkpoints.GENERATOR_PRESETS[size])
     else:
         return None
     return config | _TOY_GENERATOR if toy else config

@@ -26,7 +26,7 @@ from ..models.map_decoder import DecoderBlock, MapAttention, MapDecoder
 from ..models.refinement import GaussianRefiner, PooledRegionReader, apply_geometry_residual
 from ..models.stem import ImageStem
 from ..models.transformer_gpstoken import GPSTokenTransformerModel
-from ..ops.native import BACKEND_VARIABLE
+from ..ops.backend.native import BACKEND_VARIABLE
 from ..ops.partition import grayscale, initial_gaussians
 from ..ops.partition_reference import partition_image_reference
 from ..ops.splat_reference import splat_gaussians_reference

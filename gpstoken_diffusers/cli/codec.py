@@ -17,8 +17,8 @@ from PIL import Image
 
 from .. import __version__
 from ..assets import MINI_PIPELINE
+from ..evaluation.metrics import psnr, ssim
 from ..image_processor import GPSTokenImageProcessor
-from ..metrics import psnr, ssim
 from ..models.autoencoder_gpstoken import AutoencoderGPSToken
 from ..ops.partition import max_tokens
 from ..tokens import GPSTokens

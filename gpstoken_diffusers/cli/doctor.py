@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..ops import native
+from ..ops.backend import native
 
 
 def doctor(args: argparse.Namespace) -> int:

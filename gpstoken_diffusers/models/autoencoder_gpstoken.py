@@ -14,18 +14,18 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from .. import convert
+from ..layouts.of_pictures import partition_tiles
 from ..ops.partition import initial_gaussians
-from ..tile_partition import partition_tiles
 from ..tiling import take_tiles, tile_grid_for
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
+from . import official_checkpoints
 from .decoding import DecodingMixin
 from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
-from .memory import MemoryBudgetMixin
 from .refinement import GaussianRefiner
 from .stem import ImageStem
+from .work_plan import MemoryBudgetMixin
 
 
 @dataclass
@@ -87,7 +87,7 @@ class AutoencoderGPSToken(
     over many Gaussians lose what the decoder looks at. Texture and all convolutions follow the model's dtype.
     """
 
-    _official = convert.AUTOENCODER
+    _official = official_checkpoints.AUTOENCODER
     _supports_gradient_checkpointing = True
     _no_split_modules = ["RefinementBlock", "DecoderBlock", "StemBlock", "LocalBlock"]
     _repeated_blocks = ["RefinementBlock"]

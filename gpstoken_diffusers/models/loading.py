@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__, convert
+from .. import __version__
+from . import official_checkpoints
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,7 +84,7 @@ class FolderLoadingMixin:
 class SingleFileLoadingMixin(FolderLoadingMixin):
     """Adds presets and official single files; a model says by `_official` which format is its own."""
 
-    _official: convert.OfficialFormat
+    _official: official_checkpoints.OfficialFormat
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> Self:
@@ -119,7 +120,7 @@ class SingleFileLoadingMixin(FolderLoadingMixin):
             ValueError: not a whole safetensors file, another model's, or tensors that are missing, left over or
                 misshapen (all are listed).
         """
-        converted = cls._official.convert(convert.read_safetensors(path), str(path))
+        converted = cls._official.convert(official_checkpoints.read_safetensors(path), str(path))
         if config is None:
             preset, reason = cls._official.recognise_preset(converted, str(path), preset)
             logger.warning("Loading %s as the preset %s (%s).", Path(path).name, preset, reason)
@@ -127,14 +128,14 @@ class SingleFileLoadingMixin(FolderLoadingMixin):
         elif preset is not None:
             raise ValueError("Give either a preset or a config, not both.")
         elif not isinstance(config, dict):
-            config = convert.read_config_file(config)
+            config = official_checkpoints.read_config_file(config)
         try:
             with torch.device("meta"):
                 model = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
         except TypeError as error:
             raise ValueError(f"The configuration does not fit {cls.__name__}: {error}.") from error
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        convert.check_against_model(converted, expected, str(path))
+        official_checkpoints.check_against_model(converted, expected, str(path))
         converted = {name: tensor.to(dtype or torch.float32) for name, tensor in converted.items()}
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         model.load_state_dict(converted, assign=True)

@@ -11,8 +11,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .. import convert
 from ..tokens import GEOMETRY_CHANNELS
+from . import official_checkpoints
 from .conditional_block import (
     ConditionalBlock,
     ConditionalHead,
@@ -61,7 +61,7 @@ class GPSTokenTransformerModel(
             where no layout is given. It is never trained.
     """
 
-    _official = convert.GENERATOR
+    _official = official_checkpoints.GENERATOR
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConditionalBlock"]
     _repeated_blocks = ["ConditionalBlock"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.backend import native
 
 __all__ = ["call_native", "channels_last", "check_map", "native_serves"]
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpstoken_diffusers.ops import native, partition_cuda
+from gpstoken_diffusers.ops import partition_cuda
+from gpstoken_diffusers.ops.backend import native
 from gpstoken_diffusers.ops.partition_reference import partition_image_reference, region_complexity
 
 __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partition_image"]

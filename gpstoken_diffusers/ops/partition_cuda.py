@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.backend import native
 
 __all__ = ["partition_on_cuda", "serves"]
 

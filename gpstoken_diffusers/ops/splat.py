@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.backend import native
 from gpstoken_diffusers.ops.first_order import refuse_second_derivative
 from gpstoken_diffusers.ops.splat_reference import (
     splat_gaussians_backward_reference,

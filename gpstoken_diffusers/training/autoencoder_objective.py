@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..evaluation.metrics import psnr, ssim
 from ..image_processor import GPSTokenImageProcessor
-from ..metrics import psnr, ssim
 from ..visualization import picture_grid
 from .data import center_crop, to_pixel_values
 from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight

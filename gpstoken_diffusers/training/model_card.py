@@ -15,7 +15,7 @@ tags: [gpstoken, image-tokenizer, autoencoder, gaussian-splatting]
 # {title}
 
 A GPSToken autoencoder (arXiv 2509.01109) of {parameters:.1f} M parameters: {num_tokens} tokens with {texture_channels}
-texture channels for each {sample_size} x {sample_size} px, trained by `examples/train_autoencoder.py`.
+texture channels for each {sample_size} x {sample_size} px, trained by `examples/train/train_autoencoder.py`.
 
 ```python
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor

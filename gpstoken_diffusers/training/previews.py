@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..image_processor import GPSTokenImageProcessor
+from ..layouts.calibration import calibrate_layout
 from ..models.autoencoder_gpstoken import AutoencoderGPSToken
 from ..models.transformer_gpstoken import GPSTokenTransformerModel
 from ..models.transformer_gpstoken_layout import GPSTokenLayoutModel
-from ..ops.calibration import calibrate_layout
 from ..pipelines.flow_sampling import draw_noise, guided_velocity, integrate_flow
 from ..schedulers.presets import make_sampler
 from ..tokens import GPSTokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..convert import PRESETS
+from ..models.official_checkpoints import PRESETS
 
 # The shipped small model. Everything in it is local but the refinement transformer.
 MINI = {

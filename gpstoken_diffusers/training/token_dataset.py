@@ -350,7 +350,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path}: no such file, so {path.parent} is no finished dataset. examples/encode_dataset.py writes it last."
+            f"{path}: no such file, so {path.parent} is no finished dataset. encode_dataset.py writes it last."
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: damaged, this is not JSON ({error}). {_ADVICE}") from error

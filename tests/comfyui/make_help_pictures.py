@@ -171,7 +171,7 @@ def take_screenshots(page: ComfyUIPage) -> None:
             # What is selected fills the picture.
             page.evaluate("""() => app.canvas.selectItems(app.graph.nodes.filter(
                 node => ['GPSEncode', 'GPSLayoutEditor'].includes(node.type) || node.title === 'edited'))""")
-        _take(page.screenshot, ROOT / "examples" / "pictures" / name, SCREENSHOT_BYTES)
+        _take(page.screenshot, ROOT / "docs" / "pictures" / name, SCREENSHOT_BYTES)
     _take(lambda path: page.page.screenshot(path=path, clip=_editor(page)), EDITOR_PICTURE, HELP_BYTES)
 
 

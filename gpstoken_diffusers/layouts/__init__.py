@@ -1,0 +1,1 @@
+"""Where Gaussians lie. No network."""

@@ -1,0 +1,87 @@
+"""Bytes of a picture's tokens in each encoding of a file, and what the picture loses by it.
+
+    python tests/benchmarks/benchmark_token_files.py data/photographs/heldout [--max_images 40]
+
+Pictures are centre squares scaled to --resolution. Bytes are those of a file of one picture, header included, and, in
+brackets, what its numbers take before entropy coding: five codes of 16 bits and a texture of the bits named, or plain
+numbers. "lost" is the mean and the largest difference of PSNR against the photograph, in dB, to the tokens as encoded;
+"difference" the PSNR of the picture against that of the tokens as encoded (infinite where nothing differs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
+from gpstoken_diffusers.assets import MINI
+from gpstoken_diffusers.evaluation.metrics import psnr
+from gpstoken_diffusers.image_processor import IMAGE_SUFFIXES
+from gpstoken_diffusers.token_files import ENCODINGS, QUANTISED_BITS, encoded_size
+from gpstoken_diffusers.training.data import center_crop, to_pixel_values
+
+
+def plain_bytes(tokens: GPSTokens, dtype: str) -> int:
+    """Bytes of the numbers without entropy coding."""
+    if dtype in QUANTISED_BITS:
+        texture_bits = tokens.texture_channels * QUANTISED_BITS[dtype]
+        return tokens.num_tokens * (5 * 2 + texture_bits // 8) + 8 * tokens.texture_channels
+    return tokens.to(getattr(torch, dtype)).num_bytes
+
+
+def measure(model: AutoencoderGPSToken, image: Tensor, num_tokens: int, folder: Path) -> list[tuple[float, ...]]:
+    """Per encoding: bytes of the file, before entropy coding, PSNR, dB lost, PSNR to the tokens as encoded."""
+    tokens = model.encode(image, num_tokens=num_tokens).tokens
+    whole = model.decode(tokens).sample.clamp(-1, 1)
+    rows = []
+    for dtype in ENCODINGS:
+        tokens.save(folder / "tokens.safetensors", dtype=dtype)
+        stored = GPSTokens.load(folder / "tokens.safetensors").to(torch.float32)
+        picture = model.decode(stored).sample.clamp(-1, 1)
+        quality = psnr(picture, image).item()
+        lost = psnr(whole, image).item() - quality
+        difference = psnr(picture, whole).item()
+        rows.append((encoded_size(tokens, dtype), plain_bytes(tokens, dtype), quality, lost, difference))
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="Folder of pictures.")
+    parser.add_argument("--model", default=str(MINI), help="Folder of the model; default: the shipped gpstoken-mini.")
+    parser.add_argument("--resolution", type=int, default=256, help="Side of the centre squares, in pixels.")
+    parser.add_argument("--num_tokens", type=int, default=256, help="Tokens per image.")
+    parser.add_argument("--max_images", type=int, default=40, help="Take at most this many, evenly spread.")
+    args = parser.parse_args()
+    model = AutoencoderGPSToken.from_pretrained(args.model).eval()
+    paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        parser.error(f"there are no pictures in {args.images}")
+    paths = paths[:: max(1, len(paths) // args.max_images)][: args.max_images]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in tqdm(paths, unit="picture"):
+            with Image.open(path) as image:
+                pixels = to_pixel_values(center_crop(image, args.resolution))[None]
+            rows.append(measure(model, pixels, args.num_tokens, Path(folder)))
+    results = torch.tensor(rows, dtype=torch.float64)
+    print(f"{len(paths)} pictures of {args.resolution} px, {args.num_tokens} tokens each")
+    print("| dtype | bytes (before entropy coding) | PSNR, dB | lost: mean, most | difference, dB: mean, least |")
+    print("|---|---|---|---|---|")
+    for dtype, columns in zip(ENCODINGS, results.transpose(0, 1), strict=True):
+        size, plain, quality, lost, difference = columns.mean(0).tolist()
+        print(
+            f"| {dtype} | {size:,.0f} ({plain:,.0f}) | {quality:.2f} | {lost:.4f}, {columns[:, 3].max():.3f} "
+            f"| {difference:.1f}, {columns[:, 4].min():.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

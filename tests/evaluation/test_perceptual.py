@@ -1,0 +1,303 @@
+"""The perceptual distances: what they must be for any weights, and their values with the published ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from perceptual_zoo import build, files, head_weights, inception_weights, noise, photographs, scattered, trunk_weights
+from torch import Tensor, nn
+
+from gpstoken_diffusers.evaluation import inception
+from gpstoken_diffusers.evaluation.inception import merge_norms, resize_like_tensorflow
+from gpstoken_diffusers.evaluation.perceptual import LPIPS, NAMES, InceptionFeatures, perceptual_distance, unit
+from gpstoken_diffusers.evaluation.perceptual_trunks import CHANNELS
+
+# The official Inception is the other one at other levels.
+ALL = pytest.mark.parametrize("name", [name for name in NAMES if name != "inception-official"])
+TRUNKS = pytest.mark.parametrize("trunk", CHANNELS)
+NETWORKS = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}
+
+
+# ------------------------------------------------------------------------------------------------ what all of them are
+
+
+@ALL
+def test_equal_pictures_have_no_distance_and_order_does_not_matter(name):
+    distance, a = build(name), photographs(48)
+    b = noise(a, 0.1)
+    assert distance(a, a).tolist() == [0, 0]
+    assert (distance(a, b) > 0).all()
+    assert torch.equal(distance(a, b), distance(b, a))
+    assert distance(a, b).dtype == torch.float32
+    together, alone = distance(a, b), torch.cat([distance(a[i : i + 1], b[i : i + 1]) for i in (0, 1)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)
+
+
+@ALL
+def test_a_target_can_be_looked_at_once(name):
+    distance, a = build(name), photographs(48)
+    b = noise(a, 0.1).requires_grad_()
+    with torch.no_grad():
+        target = distance.forward_features(a)
+    assert torch.equal(distance(b, target), distance(b, a))
+    with pytest.raises(ValueError, match="of other pictures"):
+        distance(b[:1], target)
+
+
+@ALL
+def test_the_gradient_is_the_slope(name):
+    distance = build(name).double()
+    try:
+        a = photographs(32)[:1].double()
+        b = noise(a, 0.2).requires_grad_()
+        distance(b, a).sum().backward()
+        assert b.grad.isfinite().all()
+        assert all(parameter.grad is None for parameter in distance.parameters())
+        for seed in range(2):
+            direction = torch.randn(b.shape, generator=torch.Generator().manual_seed(seed)).double()
+            step = 1e-8  # at larger ones, ReLUs and maxima change sides on the way
+            with torch.no_grad():
+                slope = (distance(b + step * direction, a) - distance(b - step * direction, a)).sum() / (2 * step)
+            # Rounding: 1e-16 of a distance by 1e-8, beside slopes of 0.01 and more; 5e-7 was seen.
+            assert (b.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)
+    finally:
+        distance.float()
+
+
+def test_vanishing_vectors_give_no_nan():
+    """A root of 0 has no slope, and the square of 1e-25 is 0 in float32."""
+    maps = torch.tensor([[0.0, 1e-25, 3.0], [0.0, 0.0, 4.0]]).reshape(1, 2, 1, 3).requires_grad_()
+    units = unit(maps)
+    torch.testing.assert_close(units.flatten(), torch.tensor([0, 0, 0.6, 0, 0, 0.8]))
+    (gradient,) = torch.autograd.grad(units[:, 0].sum(), maps)
+    assert gradient.isfinite().all()
+    # Of x / sqrt(x^2 + y^2): y^2 / r^3 and -x y / r^3.
+    torch.testing.assert_close(gradient[0, :, 0, 2], torch.tensor([16 / 125, -12 / 125]))
+
+
+@ALL
+def test_flat_pictures_have_finite_gradients(name):
+    distance = build(name)
+    flat = torch.stack([torch.full((3, 40, 40), level) for level in (-1.0, 0.0, 1.0)]).requires_grad_()
+    for other in (flat.detach(), photographs(40)[[0, 1, 0]]):
+        (gradient,) = torch.autograd.grad(distance(flat, other).sum(), flat)
+        assert gradient.isfinite().all()
+
+
+@ALL
+def test_more_noise_and_more_blur_are_further_away(name):
+    distance, a = build(name), photographs(96)
+    with torch.no_grad():
+        target = distance.forward_features(a)
+        noisy = [distance(noise(a, strength), target) for strength in (0.02, 0.05, 0.1, 0.2)]
+        kernels = (3, 5, 9, 15)
+        blurred = [distance(torchvision.transforms.functional.gaussian_blur(a, size), target) for size in kernels]
+    for row in (noisy, blurred):
+        assert (torch.stack(row).diff(dim=0) > 0).all(), row
+
+
+@ALL
+def test_the_network_is_frozen(name):
+    distance = build(name)
+    parent = nn.ModuleList([distance]).train()
+    assert not any(module.training for module in distance.modules())
+    assert not any(parameter.requires_grad for parameter in parent.parameters())
+    before = {key: value.clone() for key, value in distance.state_dict().items()}
+    distance(photographs(48), noise(photographs(48), 0.1))
+    assert all(torch.equal(value, before[key]) for key, value in distance.state_dict().items())
+
+
+@ALL
+def test_bfloat16_pictures_and_autocast_are_compared_in_float32(name):
+    distance, a = build(name), photographs(64)
+    b = noise(a, 0.3)
+    exact = distance(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = distance(a, b)
+    assert rough.dtype == distance(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+    if distance.follows_autocast:
+        # 8 bits per number, averaged over many: 2 % at most was seen.
+        torch.testing.assert_close(rough, exact, rtol=0.05, atol=0)
+    else:
+        assert torch.equal(rough, exact)
+
+
+@ALL
+def test_wrong_pictures_are_named(name):
+    distance, a = build(name), photographs(48)
+    with pytest.raises(ValueError, match=r"one shape .* \(2, 3, 48, 48\) and \(1, 3, 48, 48\)"):
+        distance(a, a[:1])
+    for shape in ((3, 48, 48), (1, 1, 48, 48), (1, 4, 48, 48)):
+        with pytest.raises(ValueError, match="must have the shape"):
+            distance(torch.zeros(shape), torch.zeros(shape))
+    with pytest.raises(ValueError, match="of at least"):
+        distance(a[:0], a[:0])
+    with pytest.raises(TypeError, match="floating point numbers in .-1, 1., not torch.uint8"):
+        distance(a.byte(), a.byte())
+    with pytest.raises(ValueError, match="divide 0..255 by 127.5"):
+        distance(127.5 * (a + 1), a)
+    with pytest.raises(ValueError, match="divide 0..255 by 127.5"):
+        distance(a, 127.5 * (a + 1))
+
+
+@ALL
+def test_the_smallest_picture_is_the_smallest(name):
+    distance = build(name)
+    side = distance.smallest
+    a = photographs(64)
+    assert distance(a[..., :side, :], -a[..., :side, :]).isfinite().all()
+    if side > 1:
+        with pytest.raises(ValueError, match=f"at least {side} x {side} pixels"):
+            distance(a[..., : side - 1], a[..., : side - 1])
+        distance.smallest = 1  # without the check, a layer fails
+        try:
+            with pytest.raises(RuntimeError):
+                distance(a[..., : side - 1], a[..., : side - 1])
+        finally:
+            distance.smallest = side
+
+
+def test_labels_say_what_it_is():
+    labels = {name: build(name).label for name in ("lpips-vgg", "lpips-alex", "inception")}
+    assert list(labels.values()) == ["LPIPS (VGG)", "LPIPS (AlexNet)", "Inception-v3 feature MSE"]
+    official = perceptual_distance("inception-official", files() / "inception")
+    assert official.label == "Inception-v3 feature MSE (levels to 510)"
+    with pytest.raises(ValueError, match="must be one of lpips-vgg, .* not 'ssim'"):
+        perceptual_distance("ssim")
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+def made_up_pictures() -> tuple[Tensor, Tensor]:
+    """Two pairs (2, 3, 64, 72): waves against shifted waves with a fine grating, squares against the same smoothed."""
+    y, x = torch.meshgrid(torch.arange(64.0).double(), torch.arange(72.0).double(), indexing="ij")
+    waves = 0.8 * torch.stack([(0.3 * x + 0.1 * y).sin(), (0.2 * y - 0.05 * x).cos(), (0.01 * x * y).sin()])
+    squares = torch.stack([((x // 8 + y // 8) % 2), ((x // 5) % 2), ((y // 11) % 2)]) * 1.6 - 0.8
+    a = torch.stack([waves, squares])
+    b = torch.stack([waves.roll(2, dims=2) + 0.15 * (1.3 * x).cos(), F.avg_pool2d(squares, 3, 1, 1)])
+    return a.float(), b.float()
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("stlpips-vgg", (0.334785941, 0.244474904)), ("stlpips-alex", (0.0577054518, 0.0772223944))],
+)
+def test_st_lpips_is_that_of_its_package(name, expected):
+    """Of the package stlpips-pytorch 0.0.2, computed in float64."""
+    a, b = made_up_pictures()
+    distance = build(name)
+    # float32: 2e-7 was seen here; other processors sum in another order.
+    assert distance(a, b).tolist() == pytest.approx(expected, rel=1e-5)
+    try:
+        # The channels' weights are kept as their roots in float32.
+        assert distance.double()(a, b).tolist() == pytest.approx(expected, rel=1e-7)
+    finally:
+        distance.float()
+
+
+@TRUNKS
+def test_lpips_is_the_papers_formula(trunk, tmp_path):
+    """Equation 1, on torchvision's own network."""
+    weights, heads = trunk_weights(trunk), head_weights(trunk)
+    with torch.device("meta"):  # its classifier is not needed
+        layers = NETWORKS[trunk](weights=None).features.to_empty(device="cpu")
+    layers.load_state_dict({name.removeprefix("features."): value for name, value in weights.items()})
+    # As torchvision saves it, with the classifier; and the heads apart, as the package lpips has them.
+    torch.save(weights | {"classifier.6.bias": torch.zeros(1000)}, tmp_path / "trunk.pth")
+    torch.save(heads, tmp_path / "heads.pth")
+    distance = LPIPS(trunk, tmp_path / "trunk.pth", tmp_path / "heads.pth")
+    a, b = made_up_pictures()
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    maps = [(picture - shift[:, None, None]) / scale[:, None, None] for picture in (a, b)]
+    expected = torch.zeros(2)
+    depths = {"vgg": (4, 9, 16, 23, 30), "alex": (2, 5, 8, 10, 12)}[trunk]
+    for depth, (first, last) in enumerate(zip((0, *depths), depths, strict=False)):
+        maps = [layers[first:last](picture) for picture in maps]
+        units = [F.normalize(picture, dim=1) for picture in maps]
+        expected += F.conv2d((units[0] - units[1]) ** 2, heads[f"lin{depth}.model.1.weight"]).mean(dim=(1, 2, 3))
+    # float32, in another order of sums.
+    torch.testing.assert_close(distance(a, b), expected.detach(), rtol=1e-5, atol=0)
+    # The same weights as one file, by the names of the package lpips.
+    torch.save({f"net.slice1.{n[9:]}": v for n, v in weights.items()} | heads, tmp_path / "whole.pth")
+    assert torch.equal(LPIPS(trunk, tmp_path / "whole.pth")(a, b), distance(a, b))
+
+
+def test_inception_is_that_of_torch_fidelity():
+    """Features of torch-fidelity 0.4.0's network, which takes whole levels only, with the same made-up weights."""
+    levels = ((made_up_pictures()[0] + 1) * 127.5).round()
+    features = build("inception").forward_features(levels / 127.5 - 1)[0].flatten(1)
+    assert features.shape == (2, 2048)
+    expected = [
+        [2.9412756, 4.1669893, 9.4629192, 6.5875087, 0.2107335],
+        [4.5079284, 5.3786259, 13.2048235, 9.2947493, 0.2516044],
+    ]
+    # float32 through 94 convolutions: 3e-5 was seen among all features, the largest of which is 61.
+    torch.testing.assert_close(features[:, [5, 500, 1000, 1500, 2000]], torch.tensor(expected), rtol=0, atol=2e-4)
+
+
+def test_inceptions_blocks_are_torchvisions_but_for_their_poolings():
+    """The graph of 2015 averages over pixels inside the map, and once takes a maximum."""
+    blocks = torchvision.models.inception
+    cases = {
+        "Mixed_5b": blocks.InceptionA(192, 32),
+        "Mixed_6a": blocks.InceptionB(288),
+        "Mixed_6c": blocks.InceptionC(768, 160),
+        "Mixed_7a": blocks.InceptionD(768),
+        "Mixed_7b": blocks.InceptionE(1280),
+        "Mixed_7c": blocks.InceptionE(2048),
+    }
+    weights = inception_weights()
+    network = build("inception").network
+    for name, block in cases.items():
+        block.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
+        block.eval()
+        maps = scattered(name, torch.Size((1, next(block.parameters()).shape[1], 9, 11)))
+        with torch.no_grad():
+            expected, found = block(maps), network.get_submodule(name)(maps)
+        if name not in ("Mixed_6a", "Mixed_7a"):
+            expected, found = (out[..., 1:-1, 1:-1] for out in (expected, found))  # averages are equal inside
+        kept = -192 if name == "Mixed_7c" else None
+        torch.testing.assert_close(found[:, :kept], expected[:, :kept], rtol=1e-4, atol=1e-5)
+        if kept:
+            largest = F.max_pool2d(maps, 3, 1, 1)[..., 1:-1, 1:-1]
+            torch.testing.assert_close(found[:, kept:], block.branch_pool(largest), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms_are_merged():
+    convolution, norm = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, eps=inception.BATCH_NORM_EPSILON).eval()
+    for number, value in enumerate(norm.state_dict().values()):
+        if value.is_floating_point():
+            value.copy_(1 + 0.5 * scattered(str(number), value.shape))
+    parts = {"conv": convolution, "bn": norm}
+    weights = {f"x.{part}.{n}": v for part, module in parts.items() for n, v in module.state_dict().items()}
+    merged = merge_norms(weights)
+    assert sorted(merged) == ["x.conv.bias", "x.conv.weight"]
+    maps = scattered("maps", torch.Size((2, 4, 7, 7)))
+    found = F.conv2d(maps, merged["x.conv.weight"], merged["x.conv.bias"])
+    torch.testing.assert_close(found, norm(convolution(maps)), rtol=1e-5, atol=1e-6)
+
+
+def test_resizing_by_hand():
+    # From 2 pixels to 4: places 0, 0.5, 1 and 1.5, which lies beyond the last pixel.
+    line = torch.tensor([[10.0, 20.0]]).reshape(1, 1, 1, 2).expand(1, 1, 2, 2)
+    assert resize_like_tensorflow(line, 4)[0, 0].tolist() == [[10, 15, 20, 20]] * 4
+    # From 4 to 2: every second pixel, nothing of those between.
+    line = torch.tensor([1.0, 9.0, 2.0, 9.0]).expand(1, 1, 4, 4)
+    assert resize_like_tensorflow(line, 2)[0, 0].tolist() == [[1, 2], [1, 2]]
+
+
+def test_inceptions_levels():
+    """0 to 255; the official code's are twice that."""
+    a = photographs(48)
+    right, official = (InceptionFeatures(files() / "inception", input_range=key) for key in ("uint8", "official"))
+    expected = right.network(127.5 * (a + 1))
+    assert torch.equal(right.forward_features(a)[0].flatten(1), expected)
+    assert torch.equal(official.forward_features(a)[0].flatten(1), right.network(255 * (a + 1)))
+    b = noise(a, 0.1)
+    mean_square = (expected - right.network(127.5 * (b + 1))).square().mean(dim=1)
+    torch.testing.assert_close(right(a, b), mean_square)
+    with pytest.raises(ValueError, match="must be one of uint8, official, not '0..1'"):
+        InceptionFeatures(files() / "inception", input_range="0..1")

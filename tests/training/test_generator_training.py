@@ -1,0 +1,252 @@
+"""Training of both stages: flow matching, and the scripts for real, with one process and with two."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpstoken_diffusers import (
+    GPSTokenImageProcessor,
+    GPSTokenLayoutModel,
+    GPSTokenPipeline,
+    GPSTokenTransformerModel,
+    partition_image,
+)
+from gpstoken_diffusers.training.flow_matching import FlowMatchingSamples, flow_matching_loss
+from gpstoken_diffusers.training.token_dataset import shard_path, write_index, write_shard
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "train"
+
+
+def made_up_dataset(folder: Path, count: int = 12) -> Path:
+    """Tokens of two classes whose textures differ, of pictures of 32 x 32 px in 6 tokens."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
+    initial = partition_image(images, 6).geometry
+    label = torch.arange(count) % 2
+    texture = torch.randn(count, 6, 4, generator=generator) + 6 * label[:, None, None]
+    geometry = initial.clone()
+    geometry[..., :2] *= 1.1
+    tensors = {"initial_geometry": initial, "geometry": geometry, "texture": texture, "label": label}
+    write_shard(shard_path(folder, 0), tensors, [(f"{i}.png", 0) for i in range(count)], {})
+    description = {"id2label": {0: "calm", 1: "loud"}, "image_size": (32, 32), "autoencoder": {}}
+    write_index(folder, 1, description)
+    return folder
+
+
+TINY = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    from model_zoo import tiny_model
+
+    folder = tmp_path_factory.mktemp("training")
+    made_up_dataset(folder / "tokens")
+    tiny_model("lattice").save_pretrained(folder / "autoencoder")
+    GPSTokenImageProcessor(tile_size=32, num_tokens=6).save_pretrained(folder / "autoencoder")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def run(script: str, workplace: Path, output: str, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    arguments = {
+        "--train_dir": workplace / "tokens",
+        "--validation_dir": workplace / "tokens",
+        "--config": workplace / "tiny.json",
+        "--output_dir": workplace / output,
+        "--mixed_precision": "no",
+        "--num_workers": 0,
+        "--warmup_steps": 2,
+        "--checkpointing_steps": 4,
+        "--validation_steps": 4,
+        "--save_dtype": "float32",
+    }
+    if script == "train_texture.py":
+        arguments["--autoencoder"] = workplace / "autoencoder"
+    command = [*launcher, EXAMPLES / script, *(part for pair in arguments.items() for part in pair), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "diffusion_pytorch_model.safetensors")
+
+
+def curve(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- samples and loss
+
+
+def items(count=5):
+    return [{"latents": torch.full((3, 2), float(index)), "label": index} for index in range(count)]
+
+
+def test_a_sample_depends_on_seed_and_index_alone():
+    first, second = (FlowMatchingSamples(items(), 40, null_class=9, seed=1) for _ in range(2))
+    forwards = [first[index] for index in range(40)]
+    backwards = [second[index] for index in reversed(range(40))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    other = FlowMatchingSamples(items(), 40, null_class=9, seed=2)
+    assert not torch.equal(other[0]["noise"], forwards[0]["noise"])
+
+
+def test_every_pass_shows_each_item_once():
+    samples = FlowMatchingSamples(items(), 15, null_class=9, label_dropout=0.0)
+    seen = [samples[index]["label"].item() for index in range(15)]
+    passes = [seen[start : start + 5] for start in (0, 5, 10)]
+    assert all(sorted(one) == [0, 1, 2, 3, 4] for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+
+
+def test_labels_are_dropped_and_times_spread():
+    samples = FlowMatchingSamples(items(), 2000, null_class=9, label_dropout=0.25, time_sampling="uniform")
+    drawn = [samples[index] for index in range(2000)]
+    dropped = sum(sample["label"] == 9 for sample in drawn).item() / 2000
+    assert abs(dropped - 0.25) < 0.04  # four standard deviations
+    times = torch.stack([sample["time"] for sample in drawn])
+    assert abs(times.mean() - 0.5) < 0.03 and times.min() < 0.01 and times.max() > 0.99
+    normal = FlowMatchingSamples(items(), 2000, null_class=9)
+    middle = torch.stack([normal[index]["time"] for index in range(2000)])
+    assert 0.2 < middle.std() < 0.23  # of a sigmoid of a normal number: 0.208
+
+
+def test_the_loss_is_of_the_velocity():
+    latents, noise = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    batch = {"latents": latents, "noise": noise, "time": torch.tensor([0.0, 1.0])}
+    seen = {}
+
+    def exact(noisy, time):
+        seen["noisy"] = noisy
+        return latents - noise
+
+    assert flow_matching_loss(exact, batch).tolist() == [0, 0]
+    # t = 0 is noise, t = 1 is data.
+    torch.testing.assert_close(seen["noisy"], torch.stack([noise[0], latents[1]]))
+    off_by_two = flow_matching_loss(lambda noisy, time: latents - noise + 2, batch)
+    torch.testing.assert_close(off_by_two, torch.full((2,), 4.0))
+
+
+@pytest.mark.parametrize("settings", [{"time_sampling": "often"}, {"label_dropout": 1.5}])
+def test_bad_settings(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        FlowMatchingSamples(items(), 4, 9, **settings)
+
+
+# ---------------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("script, kind", [
+    ("train_texture.py", GPSTokenTransformerModel),
+    ("train_layout.py", GPSTokenLayoutModel),
+])  # fmt: skip
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(workplace, script, kind):
+    name = script.removesuffix(".py")
+    more = ("--batch_size", "4", "--max_train_steps", "8")
+    whole = run(script, workplace, f"{name}_whole", *more)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    stopped = run(script, workplace, f"{name}_parts", *more, "--max_minutes", "0")
+    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    folder = workplace / f"{name}_parts"
+    assert [row["step"] for row in curve(folder)] == [1]
+    resumed = run(script, workplace, f"{name}_parts", *more, "--resume_from_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    ours, theirs = weights(folder), weights(workplace / f"{name}_whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    model = kind.from_pretrained(folder / "model")
+    assert model.config.num_classes == 2 and model.config.num_tokens == 6
+    picture = "samples.png" if script == "train_texture.py" else "layouts.png"
+    assert (folder / picture).stat().st_size > 1000
+
+
+def test_two_processes_learn_what_one_does(workplace):
+    """Of the same samples in each step: two processes of two, or one of four."""
+    one = run("train_texture.py", workplace, "one", "--batch_size", "4", "--max_train_steps", "4")
+    two = run("train_texture.py", workplace, "two", "--batch_size", "2", "--max_train_steps", "4", processes=2)
+    assert one.returncode == 0 and two.returncode == 0, two.stderr[-3000:]
+    ours, theirs = weights(workplace / "two"), weights(workplace / "one")
+    for key, expected in theirs.items():
+        # Sums of gradients in another order; Muon's orthogonalisation is in bfloat16.
+        torch.testing.assert_close(ours[key], expected, atol=2e-3, rtol=0)
+
+
+def test_it_learns(workplace):
+    done = run(
+        "train_texture.py", workplace, "long", "--batch_size", "8", "--max_train_steps", "60",
+        "--learning_rate", "5e-3", "--ema_decay", "0.9", "--validation_steps", "30", "--checkpointing_steps", "60",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = curve(workplace / "long")
+    # A fresh network predicts 0, whose loss is that of unit noise and unit data: 2.
+    assert last["validation_loss"] < first["validation_loss"] < 1.5
+
+
+def test_both_stages_make_a_pipeline(workplace, monkeypatch):
+    """After the runs above: their models, put together, draw."""
+    import assemble_pipeline
+
+    assemble_pipeline.main(
+        [
+            "--autoencoder", str(workplace / "autoencoder"),
+            "--transformer", str(workplace / "train_texture_whole" / "model"),
+            "--layout_model", str(workplace / "train_layout_whole" / "model"),
+            "--tokens", str(workplace / "tokens"),
+            "--output", str(workplace / "pipeline"),
+        ]
+    )  # fmt: skip
+    pipe = GPSTokenPipeline.from_pretrained(workplace / "pipeline")
+    assert pipe.id2label == {0: "calm", 1: "loud"}
+    assert pipe("loud", num_inference_steps=2, layout_num_inference_steps=2).images[0].size == (32, 32)
+    # The tokenizer's folder is of use by itself.
+    assert GPSTokenImageProcessor.from_pretrained(workplace / "pipeline" / "autoencoder").tile_size == 32
+
+
+def test_a_missing_dataset_is_named(workplace):
+    failed = run("train_layout.py", workplace, "none", "--train_dir", str(workplace / "nowhere"))
+    assert failed.returncode != 0
+    assert "nowhere" in failed.stderr
+
+
+def test_a_model_goes_on_with_tokens_of_another_tokenizer(workplace):
+    """Its weights are taken over, and latents are standardised by what the new tokens are."""
+    finished = run("train_texture.py", workplace, "first", "--max_train_steps", "4")
+    assert finished.returncode == 0, finished.stderr
+    folder = workplace / "moved"
+    shutil.copytree(workplace / "first" / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    known = config["latents_mean"], config["latents_std"]
+    config["latents_mean"] = [value + 1 for value in known[0]]
+    (folder / "config.json").write_text(json.dumps(config))
+    for output, more in (("kept", ()), ("renewed", ("--new_statistics",))):
+        finished = run(
+            "train_texture.py", workplace, output, "--pretrained", folder, *more,
+            "--max_train_steps", "4", "--learning_rate", "0", "--adam_learning_rate", "0",
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        trained = json.loads((workplace / output / "model" / "config.json").read_text())
+        expected = known[0] if more else config["latents_mean"]
+        assert trained["latents_mean"] == pytest.approx(expected) and trained["latents_std"] == pytest.approx(known[1])
+        before, after = weights(workplace / "first"), weights(workplace / output)
+        assert all(torch.equal(before[name], after[name]) for name in before)
