@@ -108,11 +108,16 @@ def makes_tensors_only(node: ast.AST) -> bool:
 
 
 def test_no_pickle_is_ever_loaded():
-    """One file reads weights that others made with torch.save, and makes tensors of them only."""
+    """Two exceptions: weights of torch.save, of which tensors alone are made, and an unpickler cut down to arrays.
+
+    `layouts/official_pickle.py` says how the latter is cut down, and its tests try to break out.
+    """
     for name, path in package_files():
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         harmless = [node.func for node in nodes if name == "evaluation.weight_files" and makes_tensors_only(node)]
         for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node not in harmless:
                 called = (node.value.id, node.attr)
+                if name != "layouts.official_pickle":
+                    assert called not in {("pickle", "Unpickler"), ("pickle", "_Unpickler")}, name
                 assert called not in {("pickle", "load"), ("pickle", "loads"), ("torch", "load")}, name

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from ..safe_files import check_format, open_safetensors, write_atomically
-from .official_pickle import read_pickle
+from .official_pickle import read_official_layouts
 
 __all__ = ["LayoutBank"]
 
@@ -185,28 +185,24 @@ class LayoutBank:
         """Read the official `initg.pickle`: class -> list of float arrays (N, >= 5); the first 5 columns count.
 
         Classes are integers, or text: of digits, it is taken for the integer; if any is not, all classes are numbered
-        in the file's order and `id2label` keeps the text. The file is read by `safe_pickle`: nothing in it is executed.
+        in the file's order and `id2label` keeps the text. Nothing in the file is executed.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: the pickle holds anything but plain data, or other data than these; the message says what.
         """
-        data = read_pickle(path)
-        if not isinstance(data, dict) or not data or not all(isinstance(layouts, list) for layouts in data.values()):
-            raise ValueError(f"{path}: expected a dict of lists of layouts by class, as in the official initg.pickle.")
-        if not all(isinstance(name, (int, np.integer, str)) for name in data):
-            raise ValueError(f"{path}: expected classes that are integers or text.")
+        data = read_official_layouts(path)
         numbered = all(str(name).isdecimal() for name in data)
         arrays, labels = [], []
         largest = 10 * os.path.getsize(path)  # bytes; a small file may list one array a million times
         for number, (name, layouts) in enumerate(data.items()):
             for i, layout in enumerate(layouts):
-                fits = isinstance(layout, np.ndarray) and layout.ndim == 2 and layout.shape[1] >= 5
-                if not fits or layout.dtype.kind != "f" or (arrays and len(layout) != len(arrays[0])):
-                    what = f"{layout.dtype} {layout.shape}" if isinstance(layout, np.ndarray) else type(layout).__name__
+                fits = layout.dtype.kind == "f" and layout.ndim == 2 and layout.shape[1] >= 5
+                if not fits or (arrays and len(layout) != len(arrays[0])):
                     expected = len(arrays[0]) if arrays else "N"
                     raise ValueError(
-                        f"{path}: expected float arrays ({expected}, >= 5), but layout {i} of class {name} is {what}."
+                        f"{path}: expected float arrays ({expected}, >= 5), but layout {i} of class {name} is "
+                        f"{layout.dtype} {layout.shape}."
                     )
                 largest -= layout.nbytes
                 if largest < 0:
