@@ -154,6 +154,8 @@ class _Preview(Progress):
         self._not_before = 0.0
 
     def __call__(self, pipe, step, timestep, given) -> dict:
+        from gpstoken_diffusers.schedulers.integration import is_adaptive
+
         started = time.monotonic()
         preview = None
         if started >= self._not_before:
@@ -163,6 +165,5 @@ class _Preview(Progress):
             self._not_before = finished + (finished - started) * (1 / PREVIEW_SHARE - 1)
         # Part of the way may be left out, and some samplers step twice; one chooses its steps as it goes.
         scheduler = pipe.scheduler
-        adaptive = hasattr(scheduler, "integrate")
-        self.step(preview, None if adaptive else len(scheduler.timesteps) - (scheduler.begin_index or 0))
+        self.step(preview, None if is_adaptive(scheduler) else len(scheduler.timesteps) - (scheduler.begin_index or 0))
         return {}

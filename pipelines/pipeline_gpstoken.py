@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,11 @@ from gpstoken_diffusers.layouts.calibration import calibrate_layout
 from gpstoken_diffusers.models.autoencoder_gpstoken import AutoencoderGPSToken
 from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerModel
 from gpstoken_diffusers.models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
+from gpstoken_diffusers.schedulers.guidance import Network
+from gpstoken_diffusers.schedulers.noise import sample_generators
 from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS, GPSTokens
 
-from .flow_sampling import FlowSamplingMixin, Labels, StepCallback, label_ids, sample_generators
+from .flow_sampling import FlowSamplingMixin, Labels, StepCallback, label_ids
 from .portable_folder import PortableFolderMixin
 
 if TYPE_CHECKING:
@@ -352,7 +354,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         sources = [generator for generator in generators for _ in tiles]
         return [label for label in labels for _ in tiles], sample_generators(sources, len(sources))
 
-    def texture_network(self, layout: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def texture_network(self, layout: Tensor) -> Network:
         """The transformer for layouts (B, N, 5), a function of latents, time and labels of B or 2 B samples."""
 
         def network(noisy: Tensor, time: Tensor, labels: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ from torch import Generator, Tensor
 from gpstoken_diffusers.image_processor import ImageLike
 from gpstoken_diffusers.layouts.bank import LayoutBank
 from gpstoken_diffusers.schedulers.flow_time import data_times, mix_noise, set_timesteps
+from gpstoken_diffusers.schedulers.guidance import Network
+from gpstoken_diffusers.schedulers.integration import is_adaptive
+from gpstoken_diffusers.schedulers.noise import draw_noise, sample_generators
 from gpstoken_diffusers.token_matching import swap_texture
 from gpstoken_diffusers.tokens import GPSTokens
 
-from .flow_sampling import Labels, StepCallback, draw_noise, sample_generators
+from .flow_sampling import Labels, StepCallback
 from .pipeline_gpstoken import OUTPUT_TYPES, GPSTokenPipeline, GPSTokenPipelineOutput
 
 
@@ -349,7 +352,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
 
     def _start_time(self, num_inference_steps: int, strength: float) -> float:
         """Flow time (0 is noise) of the first step that the scheduler takes at this strength."""
-        if hasattr(self.scheduler, "integrate"):
+        if is_adaptive(self.scheduler):
             return 1 - strength
         begin = set_timesteps(self.scheduler, num_inference_steps, self._execution_device, strength)
         return data_times(self.scheduler)[begin]
@@ -374,8 +377,8 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
 
 
 def _held(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor], kept: Tensor, data: Tensor, noise: Tensor
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    network: Network, kept: Tensor, data: Tensor, noise: Tensor
+) -> Network:
     """The network with some tokens held on their way: kept (M, n, 1), data and noise (M, n, C)."""
 
     def velocity(noisy: Tensor, time: Tensor, labels: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from ..models.autoencoder_gpstoken import AutoencoderGPSToken
 from ..models.transformer_gpstoken import GPSTokenTransformerModel
 from ..ops.partition import partition_image
 from ..ops.splat import splat_gaussians
-from ..pipelines.flow_sampling import guided_velocity, integrate_flow
 from ..schedulers.flow_time import data_times, set_timesteps
+from ..schedulers.guidance import guided_velocity
+from ..schedulers.integration import integrate_flow
 from ..schedulers.presets import make_sampler
 from . import twins
 from .made_up import autoencoder_config, copy_in, generator_config, made_up_model, made_up_pictures
@@ -246,7 +247,7 @@ def _generator_stages(size: str, config: dict, settings: Settings) -> list[Stage
     def ours_sampling() -> Sequence[Tensor]:
         velocity = guided_velocity(network, labels, model.null_class, GUIDANCE_SCALE, GUIDANCE_INTERVAL)
         own, count_of_steps = make_sampler(SAMPLER, steps)
-        return (integrate_flow(own, velocity, noise, count_of_steps, [], on_step=lambda *step: step[3]),)
+        return (integrate_flow(own, velocity, noise, count_of_steps),)
 
     def twin_sampling() -> Sequence[Tensor]:
         guidance = (GUIDANCE_SCALE, GUIDANCE_INTERVAL)

@@ -29,13 +29,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from gpstoken_diffusers.pipelines.flow_sampling import draw_noise, guided_velocity, integrate_flow, sample_generators
 from torch import Tensor
 
 from gpstoken_diffusers import GPSTokenPipeline, GPSTokens
 from gpstoken_diffusers.assets import MINI_PIPELINE
 from gpstoken_diffusers.evaluation.metrics import psnr
 from gpstoken_diffusers.schedulers.flow_time import data_times, set_timesteps
+from gpstoken_diffusers.schedulers.guidance import guided_velocity
+from gpstoken_diffusers.schedulers.integration import integrate_flow
+from gpstoken_diffusers.schedulers.noise import draw_noise, sample_generators
 from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS, make_sampler
 
 SAMPLERS = ("euler", "heun", "unipc", "dpm++", "sde", "official-sde")
@@ -107,7 +109,7 @@ class Setting:
         channels = 5 + self.pipe.transformer.config.texture_channels
         noise = draw_noise(generators, (self.layout.shape[1], channels), self.layout.device)
         scheduler, inference_steps = make_sampler(sampler, steps)
-        return integrate_flow(scheduler, velocity, noise, inference_steps, generators, on_step=lambda *step: step[3])
+        return integrate_flow(scheduler, velocity, noise, inference_steps, generators)
 
     def pictures(self, latents: Tensor) -> Tensor:
         side = self.pipe.autoencoder.config.sample_size

@@ -187,7 +187,7 @@ def test_labels_by_number_and_name(pipe):
         ({"num_tokens": 17}, "16"),
         ({"num_images_per_label": 0}, "at least 1"),
         ({"output_type": "jpg"}, "pil, np, pt, tokens"),
-        ({"generator": [torch.Generator()]}, "one for each of the 2 samples; got 1"),
+        ({"generator": [torch.Generator()]}, "a list of 2, one per sample, got 1"),
         ({"latents": torch.zeros(2, 6, 21)}, r"must have the shape \(2, 6, 9\), got \(2, 6, 21\)"),
         ({"layout": torch.zeros(2, 6, 4)}, r"\(2, 6, 4\)"),
         ({"layout": torch.zeros(3, 6, 5) + 0.1}, "2 class labels for 3 layouts"),

@@ -216,7 +216,7 @@ def test_components_are_shared_and_keep_their_precision():
         ({"output_type": "jpg"}, "output_type must be one of"),
         ({"num_inference_steps": 0}, "num_inference_steps must be"),
         ({"num_tokens": 1000}, "1000"),
-        ({"generator": [torch.Generator()] * 3}, "one for each of the 2 samples; got 3"),
+        ({"generator": [torch.Generator()] * 3}, "a list of 2, one per sample, got 3"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):
