@@ -10,6 +10,17 @@ import torch
 # Two threads that share a busy machine's cores with something else wait for each other most of the time.
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items):
+    """Groups for pytest-xdist: tests of one file share its fixtures, and all of ComfyUI's one server.
+
+    ComfyUI's is the longest group; with two workers it runs beside all the rest.
+    """
+    for item in items:
+        group = "comfyui" if "comfyui" in item.path.parts[-2:-1] else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
