@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from gpstoken_diffusers.token_editing import bounded, deleted_tokens, exchange_tokens
-from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS, RHO, SIGMA, GPSTokens
+from gpstoken_diffusers.geometry import GEOMETRY_CHANNELS, RHO, SIGMA, bounded
+from gpstoken_diffusers.token_editing import deleted_tokens, exchange_tokens
+from gpstoken_diffusers.tokens import GPSTokens
 
 VERSION = 2
 _VERSION_WITHOUT_FINGERPRINT = 1

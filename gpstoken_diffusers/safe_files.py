@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, and safetensors that are read without ever opening a pickle."""
+"""Files and folders that appear whole or not at all, and safetensors read without ever opening a pickle."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,37 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, f"cannot write the file ({error.strerror})", str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` once the block ends without an error.
+
+    After an error, Ctrl-C included, the old folder is as it was. If the process is killed, the next call clears away
+    what it left, or puts the old folder back.
+    """
+    # ComfyUI loads no folder whose name ends in .disabled; the command line copies nodes into it.
+    fresh, old = (folder.with_name(f".{folder.name}.{end}.disabled") for end in ("tmp", "old"))
+
+    def put_back() -> None:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+
+    put_back()
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except BaseException:
+        put_back()
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -26,11 +26,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .tokens import CENTER, RHO, SIGMA, GPSTokens
-
-# The bounds within which encoders stay.
-MIN_SIGMA = 1e-5
-MAX_ABS_CORRELATION = 1.0 - 1e-6
+from .geometry import CENTER, RHO, SIGMA, bounded
+from .tokens import GPSTokens
 
 DELETED_GEOMETRY = (1e-3, 1e-3, 0.0, 3.0, 3.0)
 """Where deleted tokens lie: beyond the right and bottom edge by as much as the whole canvas measures."""
@@ -386,11 +383,4 @@ def from_covariance_px(covariance: Tensor, center_px: Tensor, half: Tensor) -> T
     """Covariances (..., 2, 2) and centres (..., 2) in pixels -> (..., 5), within the bounds."""
     sigma = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     rho = covariance[..., 0, 1] / sigma.prod(dim=-1)
-    rho = rho.clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION)
-    return torch.cat([(sigma / half).clamp(min=MIN_SIGMA), rho[..., None], center_px / half - 1], dim=-1)
-
-
-def bounded(geometry: Tensor) -> Tensor:
-    """(..., 5) -> (..., 5) with sigma >= 1e-5 and |rho| <= 1 - 1e-6."""
-    sigma, rho = geometry[..., SIGMA].clamp(min=MIN_SIGMA), geometry[..., RHO, None]
-    return torch.cat([sigma, rho.clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION), geometry[..., CENTER]], dim=-1)
+    return bounded(torch.cat([sigma / half, rho[..., None], center_px / half - 1], dim=-1))

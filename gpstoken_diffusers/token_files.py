@@ -1,8 +1,8 @@
 """Tokens in files: safetensors that hold them as they are, or with a few bits per number.
 
 A file of format version 1 holds the tensors `geometry` and `texture`. One of version 2 holds a single tensor of bytes,
-`payload`, and names its `encoding` ("uint8", "uint6" or "uint4") and its `shape` ([B, N, C]) in the header. The payload
-is a zlib stream, whose checksum covers every number; inflated it is, one after the other:
+`payload`, and names its `encoding` ("uint8") and its `shape` ([B, N, C]) in the header. The payload is a zlib stream,
+whose checksum covers every number; inflated it holds, one after the other:
 
     ranges           (B, C, 2) float32, little-endian: lowest and highest value of a texture channel in a picture
     sigma codes      (4, 2, B, N) bytes: the four bytes of each code, the highest first, byte by byte
@@ -10,8 +10,9 @@ is a zlib stream, whose checksum covers every number; inflated it is, one after 
     centre codes     (4, 2, B, N) bytes
     texture codes    (C, B, N) bytes, each below 2^bits
 
-A code of the geometry is a signed integer k, stored as 2 k or as -2 k - 1 for k < 0. With bits = 8, 6 or 4 and the step
-s = 2^(1 - bits), in the coordinates of the token's own tile, where the tile spans 2:
+A code of the geometry is a signed integer k, stored as 2 k or as -2 k - 1 for k < 0. With bits = 8 (files of the first
+release may have 6 or 4 and say so in their encoding; they are still read) and the step s = 2^(1 - bits), in the
+coordinates of the token's own tile, where the tile spans 2:
 
     log sigma = s k
     atanh rho = s k
@@ -31,24 +32,25 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .geometry import CENTER, GEOMETRY_CHANNELS, RHO, SIGMA, merge_tile_geometry, split_tile_geometry
 from .safe_files import check_format, open_safetensors, write_atomically
-from .tokens import CENTER, GEOMETRY_CHANNELS, RHO, SIGMA, GPSTokens, tile_frames
 
 FILE_FORMAT = "gpstoken.tokens"
 FILE_FORMAT_VERSION = 2
 PLAIN_FORMAT_VERSION = 1
 """Version of files of plain tensors, which programs that know nothing of version 2 can read."""
 
-QUANTISED_BITS = {"uint8": 8, "uint6": 6, "uint4": 4}
 PLAIN_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-ENCODINGS = (*PLAIN_DTYPES, *QUANTISED_BITS)
+ENCODINGS = (*PLAIN_DTYPES, "uint8")
 """Names that `dtype` takes, from the most bytes to the fewest."""
+_BITS_OF_ENCODING = {"uint8": 8, "uint6": 6, "uint4": 4}  # that can be read
 
 _SIZES = ("image_size", "tile_grid", "canvas_size")
 _SAFETENSORS_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -62,14 +64,18 @@ _LARGEST = torch.finfo(torch.float32).max
 _LARGEST_INFLATION = 1032
 
 
+Tokens = TypeVar("Tokens")
+"""GPSTokens, which the module `tokens` defines: it imports this one."""
+
+
 def save_tokens(
-    tokens: GPSTokens, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, dtype: str | None = None
+    tokens: Tokens, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, dtype: str | None = None
 ) -> None:
     """What [`GPSTokens.save`] does."""
     write_atomically(path, _file_bytes(tokens, metadata or {}, dtype))
 
 
-def encoded_size(tokens: GPSTokens, dtype: str | None = None) -> int:
+def encoded_size(tokens: Tokens, dtype: str | None = None) -> int:
     """Bytes of the file that `tokens.save(path, dtype=dtype)` would write, header and all pictures included.
 
     Raises:
@@ -78,7 +84,7 @@ def encoded_size(tokens: GPSTokens, dtype: str | None = None) -> int:
     return len(_file_bytes(tokens, {}, dtype))
 
 
-def load_tokens(path: str | os.PathLike, kind: type[GPSTokens] = GPSTokens) -> GPSTokens:
+def load_tokens(path: str | os.PathLike, kind: type[Tokens]) -> Tokens:
     """What [`GPSTokens.load`] does; `kind` is the class of the result."""
     header, tensors = _read(path, with_tensors=True)
     try:
@@ -86,14 +92,13 @@ def load_tokens(path: str | os.PathLike, kind: type[GPSTokens] = GPSTokens) -> G
         if _is_plain(header):
             return kind(tensors["geometry"], tensors["texture"], **sizes).validate()
         shape = _shape(json.loads(header["shape"]))
-        bits = QUANTISED_BITS.get(header["encoding"])
+        bits = _BITS_OF_ENCODING.get(header["encoding"])
         if bits is None:
-            raise ValueError(f"their encoding reads {header['encoding']!r}, not {' or '.join(QUANTISED_BITS)}")
+            raise ValueError(f"their encoding reads {header['encoding']!r}, not uint8")
         codes, texture_codes, ranges = _unpack(tensors["payload"], shape)
         # Without numbers first: a tile grid that does not fit the shape is refused before it is used.
-        blank = torch.empty(*shape[:2], GEOMETRY_CHANNELS + shape[2], device="meta")
-        grid = kind.from_tensor(blank, **sizes).tile_grid
-        geometry = _decode_geometry(codes, bits, grid)
+        blank = (torch.empty(*shape[:2], channels, device="meta") for channels in (GEOMETRY_CHANNELS, shape[2]))
+        geometry = _decode_geometry(codes, bits, kind(*blank, **sizes).tile_grid)
         return kind(geometry, _decode_texture(texture_codes, ranges, bits), **sizes).validate()
     except KeyError as error:
         raise ValueError(f"{path}: the tokens lack {error}. {_ADVICE}") from error
@@ -106,7 +111,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     return _read(path, with_tensors=False)[0]
 
 
-def _file_bytes(tokens: GPSTokens, metadata: Mapping[str, str], dtype: str | None) -> bytes:
+def _file_bytes(tokens: Tokens, metadata: Mapping[str, str], dtype: str | None) -> bytes:
     """The whole file. Raises as [`GPSTokens.save`] does, except for what the disk refuses."""
     if dtype is not None and dtype not in ENCODINGS:
         raise ValueError(f"tokens cannot be stored as {dtype!r}: choose one of {', '.join(ENCODINGS)}")
@@ -116,10 +121,10 @@ def _file_bytes(tokens: GPSTokens, metadata: Mapping[str, str], dtype: str | Non
     own = tokens.detach().cpu()
     header = {"format": FILE_FORMAT, "format_version": str(PLAIN_FORMAT_VERSION)}
     header |= {name: json.dumps(getattr(own, name)) for name in _SIZES}
-    if dtype in QUANTISED_BITS:
+    if dtype == "uint8":
         header |= {"format_version": str(FILE_FORMAT_VERSION), "encoding": dtype}
         header["shape"] = json.dumps(list(own.texture.shape))
-        tensors = {"payload": _pack(own, dtype)}
+        tensors = {"payload": _pack(own, bits=8)}
     else:
         texture = own.texture if dtype is None else _cast(own.texture, dtype)
         tensors = {"geometry": own.geometry.contiguous(), "texture": texture.contiguous()}
@@ -162,14 +167,13 @@ def _cast(texture: Tensor, dtype: str) -> Tensor:
 # Quantisation: all of it in float64, whose rounding is far below any step
 
 
-def _encode_geometry(tokens: GPSTokens, bits: int) -> Tensor:
+def _encode_geometry(tokens: Tokens, bits: int) -> Tensor:
     """Codes (5, B, N) int64 of validated tokens."""
     step = 2.0 ** (1 - bits)
-    geometry = tokens.geometry.double()
-    offset, scale = _token_frames(tokens.tile_grid, tokens.num_tokens)
-    sigma = ((geometry[..., SIGMA] * scale).log() / step).round()
+    geometry = split_tile_geometry(tokens.geometry.double(), tokens.tile_grid).reshape(tokens.geometry.shape)
+    sigma = (geometry[..., SIGMA].log() / step).round()
     rho = (geometry[..., RHO, None].atanh() / step).round()
-    center = ((geometry[..., CENTER] * scale - offset) / _centre_step(sigma, rho, step)).round()
+    center = (geometry[..., CENTER] / _centre_step(sigma, rho, step)).round()
     far = center.abs().amax(-1) > _LARGEST_CODE
     if far.any():
         image, token = far.nonzero()[0].tolist()
@@ -185,20 +189,14 @@ def _decode_geometry(codes: Tensor, bits: int, tile_grid: tuple[int, int]) -> Te
     """(5, B, N) int64 -> (B, N, 5) float32, not yet validated."""
     step = 2.0 ** (1 - bits)
     codes = codes.permute(1, 2, 0).double()
-    offset, scale = _token_frames(tile_grid, codes.shape[1])
     sigma, rho = codes[..., SIGMA], codes[..., RHO, None]
-    center = (codes[..., CENTER] * _centre_step(sigma, rho, step) + offset) / scale
+    center = codes[..., CENTER] * _centre_step(sigma, rho, step)
+    geometry = torch.cat([(sigma * step).exp(), (rho * step).tanh(), center], dim=-1)
+    num_tiles = tile_grid[0] * tile_grid[1]
+    merged = merge_tile_geometry(geometry.unflatten(1, (num_tiles, -1)).flatten(0, 1), tile_grid)
     # Half a step may lead to infinity; not to a sigma of 0, as the smallest float32 begins at half its size, nor to a
     # correlation of 1, as atanh is at most 8.7 for a float32 below 1, and tanh rounds to 1 from 9.01 on.
-    sigma = ((sigma * step).exp() / scale).clamp(max=_LARGEST)
-    center = center.clamp(-_LARGEST, _LARGEST)
-    return torch.cat([sigma, (rho * step).tanh(), center], dim=-1).float()
-
-
-def _token_frames(tile_grid: tuple[int, int], num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Offset (N, 2) of each token's tile and scale (2,): tile coordinate = canvas coordinate * scale - offset."""
-    offset, scale = (part.double() for part in tile_frames(tile_grid, torch.device("cpu")))
-    return offset.flatten(0, 1).repeat_interleave(num_tokens // offset.shape[0], dim=0), scale
+    return merged.clamp(-_LARGEST, _LARGEST).float()
 
 
 def _centre_step(sigma_code: Tensor, rho_code: Tensor, step: float) -> Tensor:
@@ -229,9 +227,8 @@ def _decode_texture(codes: Tensor, ranges: Tensor, bits: int) -> Tensor:
 # Entropy coding
 
 
-def _pack(tokens: GPSTokens, dtype: str) -> Tensor:
+def _pack(tokens: Tokens, bits: int) -> Tensor:
     """The payload, (bytes,) uint8."""
-    bits = QUANTISED_BITS[dtype]
     codes = _encode_geometry(tokens, bits)
     texture_codes, ranges = _encode_texture(tokens.texture, bits)
     unsigned = ((codes << 1) ^ (codes >> 63)).numpy().astype(">u4")

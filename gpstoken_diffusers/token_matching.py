@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .geometry import CENTER
 from .token_editing import covariance_px, from_covariance_px, half_extent_px, root_of_determinant
-from .tokens import CENTER, GPSTokens
+from .tokens import GPSTokens
 
 
 def match_tokens(tokens: GPSTokens, others: GPSTokens) -> Tensor:

@@ -9,14 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-GEOMETRY_CHANNELS = 5
-"""Channels of a geometry, always in the order (sigma_x, sigma_y, rho, x, y)."""
-SIGMA = slice(0, 2)
-"""sigma_x, sigma_y: standard deviations in [-1, 1] coordinates (2 is the whole width or height)."""
-RHO = 2
-"""rho: correlation of x and y, in (-1, 1); y grows downwards, so rho > 0 falls from left to right."""
-CENTER = slice(3, 5)
-"""x, y: the centre; -1 and 1 are the centres of the first and last pixel of the canvas."""
+from . import token_files
+from .geometry import CENTER, GEOMETRY_CHANNELS, RHO, SIGMA, merge_tile_geometry, split_tile_geometry
+
+__all__ = ["CENTER", "GEOMETRY_CHANNELS", "RHO", "SIGMA", "GPSTokens"]
 
 _TEXTURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -294,8 +290,7 @@ class GPSTokens:
     ) -> GPSTokens:
         """Join the tokens of tiles, each in its own [-1, 1] coordinates, into tokens of whole images.
 
-        For the tile in row i and column j: sigma_x / columns, sigma_y / rows, rho as it is,
-        x' = -1 + (2 j + x + 1) / columns, y' = -1 + (2 i + y + 1) / rows.
+        See `geometry.merge_tile_geometry` for the formula.
 
         Args:
             geometry: (B * rows * columns, n, 5) float32; the image is the outermost index, then row, column.
@@ -307,17 +302,9 @@ class GPSTokens:
         Raises:
             ValueError: the number of tiles is not a multiple of rows * columns, or sizes do not fit.
         """
-        rows, cols = tile_grid
-        num_tiles = rows * cols
-        if geometry.shape[0] % num_tiles != 0:
-            raise ValueError(f"{geometry.shape[0]} tiles are not whole images of {rows} x {cols} tiles each")
-        offset, scale = tile_frames(tile_grid, geometry.device)
-        tiles = geometry.unflatten(0, (-1, num_tiles))
-        # (x + 2 j + 1 - columns) / columns is that formula, its integers collected: exact for a single tile.
-        sigma, center = tiles[..., SIGMA] / scale, (tiles[..., CENTER] + offset) / scale
-        merged = torch.cat([sigma, tiles[..., RHO, None], center], dim=-1)
-        texture = texture.unflatten(0, (-1, num_tiles)).flatten(1, 2)
-        return cls(merged.flatten(1, 2), texture, image_size, tile_grid, canvas_size)
+        merged = merge_tile_geometry(geometry, tile_grid)
+        texture = texture.unflatten(0, (-1, tile_grid[0] * tile_grid[1])).flatten(1, 2)
+        return cls(merged, texture, image_size, tile_grid, canvas_size)
 
     def with_tiles(self, geometry: Tensor, texture: Tensor) -> GPSTokens:
         """`merge_tiles` into pictures of the sizes and tiles of these."""
@@ -330,13 +317,10 @@ class GPSTokens:
             geometry (B * T, n, 5) in each tile's own coordinates, texture (B * T, n, C); T = rows * columns.
         """
         num_tiles = self.tile_grid[0] * self.tile_grid[1]
-        offset, scale = tile_frames(self.tile_grid, self.device)
-        merged = self.geometry.unflatten(1, (num_tiles, -1))
-        sigma, center = merged[..., SIGMA] * scale, merged[..., CENTER] * scale - offset
-        tiles = torch.cat([sigma, merged[..., RHO, None], center], dim=-1)
-        return tiles.flatten(0, 1), self.texture.unflatten(1, (num_tiles, -1)).flatten(0, 1)
+        geometry = split_tile_geometry(self.geometry, self.tile_grid)
+        return geometry, self.texture.unflatten(1, (num_tiles, -1)).flatten(0, 1)
 
-    # Files: `token_files` imports this module, so it is imported where it is used
+    # Files
 
     def save(
         self, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, dtype: str | None = None
@@ -348,8 +332,8 @@ class GPSTokens:
         Args:
             path: where to write; its folder must exist.
             metadata: more strings for the header, such as the model's name; `read_metadata` gives them back.
-            dtype: None keeps every bit; "float32" and "float16" cast the texture; "uint8", "uint6" and "uint4"
-                store all numbers with that precision, compressed, as `token_files` describes.
+            dtype: None keeps every bit; "float32" and "float16" cast the texture; "uint8" stores all numbers with
+                about 8 bits, compressed, as `token_files` describes.
 
         Raises:
             ValueError: `validate()` fails, a metadata key is one of the header's own, there is no such `dtype`,
@@ -357,9 +341,7 @@ class GPSTokens:
             TypeError: metadata that is not strings.
             OSError: the file cannot be written.
         """
-        from .token_files import save_tokens
-
-        save_tokens(self, path, metadata, dtype)
+        token_files.save_tokens(self, path, metadata, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GPSTokens:
@@ -372,16 +354,12 @@ class GPSTokens:
             ValueError: the file is empty, truncated, of another kind, of a later version, or holds impossible
                 values; the message says which, and what to do.
         """
-        from .token_files import load_tokens
-
-        return load_tokens(path, cls)
+        return token_files.load_tokens(path, cls)
 
     @staticmethod
     def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         """The header of a file, with the `metadata` and the `encoding` of `save`. Raises as `load` does."""
-        from .token_files import read_metadata
-
-        return read_metadata(path)
+        return token_files.read_metadata(path)
 
 
 def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
@@ -390,11 +368,3 @@ def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
     if min(value) < 1:
         raise ValueError(f"{name} must be at least 1 along both axes, not {tuple(value)}")
     return (value[0], value[1])
-
-
-def tile_frames(tile_grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Offset (T, 1, 2) and scale (2,) of x and y: canvas coordinate = (tile coordinate + offset) / scale."""
-    rows, cols = tile_grid
-    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    offset = torch.stack([2 * col + 1 - cols, 2 * row + 1 - rows], dim=-1).reshape(-1, 1, 2)
-    return offset.to(device, torch.float32), torch.tensor([cols, rows], dtype=torch.float32, device=device)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor
 
+from .geometry import CENTER, RHO, SIGMA
 from .ops.splat import splat_gaussians
-from .tokens import CENTER, RHO, SIGMA, GPSTokens
+from .tokens import GPSTokens
 
 STYLES = ("glow", "ellipses")
 

@@ -13,7 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower layers first; a file imports from its own layer or from lower ones.
 LAYERS = [
-    ("safe_files", "assets", "tiling", "tokens", "token_files", "token_editing", "token_matching"),
+    ("safe_files", "assets", "tiling", "geometry"),
+    ("token_files",),
+    ("tokens",),
+    ("token_editing",),
+    ("token_matching",),
     ("ops",),
     ("layouts",),
     ("image_processor", "visualization"),

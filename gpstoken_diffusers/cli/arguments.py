@@ -11,7 +11,7 @@ from .. import __version__
 PRESETS = ("s64", "m128", "l256")  # the names of convert.PRESETS, which would import PyTorch
 SAMPLERS = ("official-sde", "official-ode", "official-ode-euler", "sde", "euler", "heun", "unipc", "dpm++")  # as above
 DTYPES = ("float32", "bfloat16", "float16")
-ENCODINGS = ("float32", "float16", "uint8", "uint6", "uint4")  # of token_files, which would import PyTorch too
+ENCODINGS = ("float32", "float16", "uint8")  # of token_files, which would import PyTorch too
 
 _ENCODE = """\
 Of a folder, every picture x.jpg becomes OUT/x.jpg.safetensors. Files appear whole or not at all, so a run that
@@ -112,8 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--encoding",
         choices=ENCODINGS,
-        help="how the file stores the numbers: uint8 takes about a quarter of float32's bytes and looks the same, "
-        "uint6 a fifth, uint4 a seventh and shows a little (default: every bit as the model gives it)",
+        help="how the file stores the numbers: uint8 takes about a quarter of float32's bytes and looks the same "
+        "(default: every bit as the model gives it)",
     )
     encode.add_argument(
         "--importance",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import secrets
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__
+from ..safe_files import replace_folder
 
 FOLDER = "gpstoken_diffusers_nodes"
 VERSION_FILE = "VERSION"
@@ -24,25 +24,12 @@ def install(args: argparse.Namespace) -> int:
             "it away, then try again."
         )
     nodes = Path(find_spec("gpstoken_diffusers.comfyui_nodes").origin).parent
-    mark = secrets.token_hex(4)
-    # ComfyUI leaves folders alone that end in .disabled.
-    fresh, old = (target.with_name(f".{FOLDER}.{mark}.{end}.disabled") for end in ("tmp", "old"))
-    try:
-        shutil.copytree(nodes, fresh, ignore=shutil.ignore_patterns("__pycache__"))
+    with replace_folder(target) as folder:
+        shutil.copytree(nodes, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
         for name in ("example_workflows", "locales"):  # beside the nodes in a checkout, within them in a wheel
             if (nodes.parent / name).is_dir():
-                shutil.copytree(nodes.parent / name, fresh / name)
-        (fresh / VERSION_FILE).write_text(f"{__version__}\n", encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+                shutil.copytree(nodes.parent / name, folder / name)
+        (folder / VERSION_FILE).write_text(f"{__version__}\n", encoding="utf-8")
     if not args.quiet:
         print(f"{target}: the nodes of gpstoken_diffusers {__version__}. Start ComfyUI again to see them.")
     return 0

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import secrets
-import shutil
 from pathlib import Path
 
 import torch
 
-from ..image_processor import GPSTokenImageProcessor
 from ..models.autoencoder_gpstoken import AutoencoderGPSToken
+from ..safe_files import replace_folder
 from .codec import processor_for
 from .files import prepare_folder
 
@@ -26,7 +24,9 @@ def convert(args: argparse.Namespace) -> int:
     prepare_folder(target.parent)
     dtype = getattr(torch, args.dtype)
     model = AutoencoderGPSToken.from_single_file(args.checkpoint, preset=args.preset, config=args.config, dtype=dtype)
-    _save(model, processor_for(model, args.checkpoint), target)
+    with replace_folder(target) as folder:
+        model.save_pretrained(folder)
+        processor_for(model, args.checkpoint).save_pretrained(folder)
     if not args.quiet:
         size = f"{model.num_parameters():,} parameters in {args.dtype}"
         print(f"{args.output}: {size}, {model.config.num_tokens} tokens per tile")
@@ -47,22 +47,3 @@ def _check_target(target: Path, overwrite: bool) -> None:
             f"the output folder {target} holds more than a converted model ({', '.join(foreign[:5])}), so it "
             "is not overwritten. Choose another one."
         )
-
-
-def _save(model: AutoencoderGPSToken, processor: GPSTokenImageProcessor, target: Path) -> None:
-    mark = secrets.token_hex(4)
-    fresh, old = (target.with_name(f".{target.name}.{mark}.{end}") for end in ("tmp", "old"))
-    try:
-        fresh.mkdir()
-        model.save_pretrained(fresh)
-        processor.save_pretrained(fresh)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    except BaseException:  # Ctrl-C too leaves what was there before
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

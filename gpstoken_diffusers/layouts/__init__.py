@@ -1,1 +1,1 @@
-"""Where Gaussians lie. No network."""
+"""Where Gaussians lie: partitions of pictures, boxes and masks, and layouts drawn or read. No network."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -54,27 +52,6 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep:
     os.replace(temporary, final)
     for old in list_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
-
-
-@contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` once the block ends without an error.
-
-    A process that is killed meanwhile leaves the old folder, or for an instant its name with ".old" appended.
-    """
-    temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> None:

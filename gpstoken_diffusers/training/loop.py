@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .checkpoints import replace_folder, resume_checkpoint, save_checkpoint
+from ..safe_files import replace_folder
+from .checkpoints import resume_checkpoint, save_checkpoint
 from .launch import trackable_settings
 from .objective import Objective
 from .optimization import build_optimizer, learning_rate_scale

@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from token_zoo import GEOMETRY, TEXTURE, assert_same, make_tokens
 
-from gpstoken_diffusers.safe_files import write_atomically
 from gpstoken_diffusers.tokens import RHO, GPSTokens
 
 
@@ -97,26 +96,6 @@ def test_impossible_tokens_are_not_saved(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step, failure):
-    path = tmp_path / "a.safetensors"
-    old = make_tokens(1)
-    old.save(path)
-
-    def fail(*_):
-        raise failure
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(type(failure)) as caught:
-        make_tokens(2).save(path)
-    monkeypatch.undo()
-    if isinstance(failure, OSError):
-        assert caught.value.errno == 28 and caught.value.filename == str(path)
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-    assert_same(GPSTokens.load(path), old)
-
-
 def test_saving_where_one_cannot(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot write the file") as caught:
         make_tokens().save(tmp_path / "missing" / "a.safetensors")
@@ -124,13 +103,6 @@ def test_saving_where_one_cannot(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="cannot write the file"):
         make_tokens().save(tmp_path / "file" / "a.safetensors")
-
-
-def test_a_new_file_is_as_readable_as_any(tmp_path):
-    (tmp_path / "plain").write_bytes(b"")
-    write_atomically(tmp_path / "atomic", b"data")
-    assert (tmp_path / "atomic").read_bytes() == b"data"
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_loading_what_is_not_there(tmp_path):
@@ -314,7 +286,7 @@ def test_the_payload_means_what_the_format_says(tmp_path):
         (ZEROS, {"shape": '"2"'}, "their shape reads"),
         (ZEROS, {"shape": "[" * 100_000}, "damaged"),
         (ZEROS, {"shape": None}, "the tokens lack 'shape'"),
-        (ZEROS, {"encoding": "uint7"}, "encoding reads 'uint7', not uint8 or uint6 or uint4"),
+        (ZEROS, {"encoding": "uint7"}, "encoding reads 'uint7', not uint8"),
         (ZEROS, {"encoding": None}, "the tokens lack 'encoding'"),
         (ZEROS, {"tile_grid": "[3, 1]"}, "2 tokens do not divide evenly"),
         (ZEROS, {"tile_grid": "[1000000, 1000000]"}, "2 tokens do not divide evenly"),
@@ -370,7 +342,7 @@ def test_payloads_that_end_too_late_or_too_soon(tmp_path):
             GPSTokens.load(path)
 
 
-@pytest.mark.parametrize("dtype", [None, "uint8", "uint4"])
+@pytest.mark.parametrize("dtype", [None, "uint8"])
 def test_damage_anywhere_is_refused_or_harmless(tmp_path, dtype):
     """Every seventh byte, three ways: tokens that pass all checks, or an error that names the file."""
     path = tmp_path / "a.safetensors"

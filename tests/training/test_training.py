@@ -32,7 +32,7 @@ from training_runs import (
 )
 
 from gpstoken_diffusers import AutoencoderGPSToken
-from gpstoken_diffusers.training.checkpoints import list_checkpoints, replace_folder
+from gpstoken_diffusers.training.checkpoints import list_checkpoints
 from gpstoken_diffusers.training.run_record import Curve, RunState
 
 # A critic from the third step on, so that everything a run can hold is in its checkpoints.
@@ -273,19 +273,6 @@ def test_a_launch_as_users_do_it(photographs, tmp_path):
 def test_a_missing_checkpoint_is_named(photographs, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         train_here(photographs, tmp_path / "run", "--resume_from_checkpoint", tmp_path / "absent")
-
-
-def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
-    folder = tmp_path / "model"
-    for text in ("first", "second"):
-        with replace_folder(folder) as place:
-            (place / "file").write_text(text)
-        assert (folder / "file").read_text() == text
-    with pytest.raises(KeyError), replace_folder(folder) as place:
-        (place / "file").write_text("half")
-        raise KeyError
-    assert (folder / "file").read_text() == "second"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_resumed_curve_forgets_what_will_come_again(tmp_path):
