@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
+from .geometry import merge_tile_geometry
 from .layouts.of_pictures import partition_tiles
 from .layouts.requested import layout_from_mask
 from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
@@ -178,7 +179,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
     def _merged(self, geometry: Tensor, size: tuple[int, int]) -> GPSTokens:
         grid = tile_grid_for(*size, self.tile_size)
         canvas = (grid[0] * self.tile_size, grid[1] * self.tile_size)
-        return GPSTokens.merge_tiles(geometry, torch.zeros_like(geometry[..., :1]), grid, size, canvas)
+        return GPSTokens.from_geometry(merge_tile_geometry(geometry, grid), size, grid, canvas)
 
     @staticmethod
     def load_image(path: str | os.PathLike, background: Sequence[int] = (255, 255, 255)) -> Image.Image:

@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -31,13 +32,11 @@ def pad_to_tiles(images: Tensor, tile_size: int) -> Tensor:
 def cut_tiles(canvas: Tensor, tile_grid: tuple[int, int]) -> Tensor:
     """(B, C, rows h, cols w) -> (B rows cols, C, h, w)."""
     rows, cols = tile_grid
-    batch_size, channels, height, width = canvas.shape
-    tiles = canvas.reshape(batch_size, channels, rows, height // rows, cols, width // cols)
-    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // rows, width // cols)
+    return rearrange(canvas, "b c (rows h) (cols w) -> (b rows cols) c h w", rows=rows, cols=cols)
 
 
 def take_tiles(images: Tensor, tile_size: int, tiles: slice, dtype: torch.dtype | None = None) -> Tensor:
-    """Some of the tiles of images, padded as [`pad_to_tiles`] does: what is copied is these tiles alone.
+    """Some of the tiles of images, padded as [`pad_to_tiles`] does; only these tiles are copied.
 
     Args:
         images: (B, C, H, W).
@@ -79,6 +78,4 @@ def put_tiles(canvas: Tensor, tiles: Tensor, first: int, tile_grid: tuple[int, i
 def join_tiles(tiles: Tensor, tile_grid: tuple[int, int]) -> Tensor:
     """(B rows cols, C, h, w) -> (B, C, rows h, cols w): undoes [`cut_tiles`]."""
     rows, cols = tile_grid
-    _, channels, height, width = tiles.shape
-    canvas = tiles.reshape(-1, rows, cols, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-    return canvas.reshape(-1, channels, rows * height, cols * width)
+    return rearrange(tiles, "(b rows cols) c h w -> b c (rows h) (cols w)", rows=rows, cols=cols)

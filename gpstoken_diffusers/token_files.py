@@ -281,6 +281,7 @@ def _unpack(payload: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tenso
 
 
 def _shape(value: object) -> tuple[int, int, int]:
-    if not isinstance(value, list) or [type(size) for size in value] != [int, int, int] or min(value) < 1:
-        raise ValueError(f"their shape reads {value!r}, not three sizes of at least 1")
+    are_ints = isinstance(value, list) and [type(size) for size in value] == [int, int, int]
+    if not are_ints or min(value[:2]) < 1 or value[2] < 0:
+        raise ValueError(f"their shape reads {value!r}, not [images, tokens, texture channels]")
     return tuple(value)

@@ -26,7 +26,7 @@ class GPSTokens:
 
     Attributes:
         geometry: (B, N, 5) float32, (sigma_x, sigma_y, rho, x, y) in [-1, 1] coordinates of the canvas.
-        texture: (B, N, C) float32, float16 or bfloat16, on the same device.
+        texture: (B, N, C) float32, float16 or bfloat16, on the same device; C = 0 for a layout, which shows nothing.
         image_size: (height, width) in pixels of the picture that the tokens stand for.
         tile_grid: (rows, columns) of the tiles that were encoded apart. Tokens are tile-major: those of the
             first tile, then those of the next in its row, and so on; N = rows * columns * tokens_per_tile.
@@ -58,8 +58,8 @@ class GPSTokens:
                 raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
         if geometry.ndim != 3 or geometry.shape[-1] != GEOMETRY_CHANNELS:
             raise ValueError(f"geometry must have the shape (B, N, 5), not {tuple(geometry.shape)}")
-        if texture.ndim != 3 or texture.shape[-1] == 0:
-            raise ValueError(f"texture must have the shape (B, N, C) with C >= 1, not {tuple(texture.shape)}")
+        if texture.ndim != 3:
+            raise ValueError(f"texture must have the shape (B, N, C), not {tuple(texture.shape)}")
         if geometry.shape[:2] != texture.shape[:2]:
             raise ValueError(
                 "geometry and texture must agree in batch size and token count, "
@@ -130,8 +130,8 @@ class GPSTokens:
 
     @property
     def is_layout(self) -> bool:
-        """Whether the texture is that of `from_geometry`: one channel of zeros. Waits for the device."""
-        return self.texture_channels == 1 and not self.texture.any()
+        """Whether these are Gaussians alone, without texture, as `from_geometry` makes."""
+        return self.texture_channels == 0
 
     @property
     def tokens_per_tile(self) -> int:
@@ -273,11 +273,11 @@ class GPSTokens:
         tile_grid: tuple[int, int] = (1, 1),
         canvas_size: tuple[int, int] | None = None,
     ) -> GPSTokens:
-        """A layout: Gaussians (B, N, 5) that show nothing yet; their texture is one channel of zeros.
+        """A layout: Gaussians (B, N, 5) without texture (C = 0), so that no decoder takes it.
 
         It is cut into tiles, drawn, edited and saved as all tokens are. Raises as the constructor does.
         """
-        return cls(geometry, torch.zeros_like(geometry[..., :1]), image_size, tile_grid, canvas_size)
+        return cls(geometry, geometry.new_empty((*geometry.shape[:2], 0)), image_size, tile_grid, canvas_size)
 
     @classmethod
     def merge_tiles(

@@ -35,7 +35,7 @@ _GAMMA = 2.2
 
 
 def visualize_gaussians(
-    tokens: GPSTokens,
+    tokens: GPSTokens | Tensor,
     image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
     style: str = "glow",
     size: tuple[int, int] | None = None,
@@ -43,7 +43,7 @@ def visualize_gaussians(
     """Draw the Gaussians of every image in a batch.
 
     Args:
-        tokens: what to draw; only the geometry matters.
+        tokens: what to draw; only the geometry matters. A geometry (B, N, 5) float32 alone needs `size`.
         image: the pictures, as PIL images or as a tensor (B, 3, H, W) in [-1, 1]; a single PIL image will do
             for a batch of one. "glow" takes its colours from them, "ellipses" draws over them, dimmed. Colour
             otherwise tells the size of a Gaussian, from small and hot to large and cool; the ground is dark
@@ -55,11 +55,16 @@ def visualize_gaussians(
         One RGB picture per image of the batch.
 
     Raises:
-        ValueError: the style is unknown, the pictures are not as many as the batch, or a token is impossible.
+        ValueError: the style is unknown, the pictures are not as many as the batch, a token is impossible, or a
+            geometry comes without a size.
         TypeError: `image` is of another kind.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, not {style!r}")
+    if isinstance(tokens, Tensor):
+        if size is None:
+            raise ValueError("a geometry says nothing of its picture: give size=(height, width) with it")
+        tokens = GPSTokens.from_geometry(tokens, size)
     tokens = tokens.detach().cpu().validate()
     height, width = size or tokens.image_size
     grounds = _as_pictures(image, tokens.batch_size, (width, height))

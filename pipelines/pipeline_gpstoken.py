@@ -267,8 +267,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         is_geometry = isinstance(layout, Tensor) and layout.shape[-1] == GEOMETRY_CHANNELS
         if is_geometry and layout.ndim in (2, 3) and layout.shape[-2] > 0:
             layout = layout.detach().float().reshape(-1, *layout.shape[-2:])
-            # Texture plays no part in the checks of the numbers.
-            GPSTokens(layout, torch.zeros_like(layout[..., :1]), (1, 1)).validate()
+            GPSTokens.from_geometry(layout, (1, 1)).validate()
         elif is_geometry:
             raise ValueError(f"A layout must have the shape (B, N, 5) or (N, 5), got {tuple(layout.shape)}.")
         else:

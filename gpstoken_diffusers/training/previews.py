@@ -85,5 +85,5 @@ def save_layout_preview(
         layout = calibrate_layout(
             model.from_latents(latents).cpu(), image_size=dataset.image_size, min_region_size=min_region_size
         ).geometry
-        pictures += visualize_gaussians(GPSTokens.from_geometry(layout, dataset.image_size), style="ellipses")
+        pictures += visualize_gaussians(layout, style="ellipses", size=dataset.image_size)
     picture_grid(pictures, COLUMNS).save(path)

@@ -42,7 +42,7 @@ def test_sizes_may_be_lists():
     [
         ({"geometry": GEOMETRY[0]}, ValueError, r"geometry must have the shape \(B, N, 5\), not \(6, 5\)"),
         ({"geometry": torch.zeros(1, 6, 4)}, ValueError, r"\(B, N, 5\), not \(1, 6, 4\)"),
-        ({"texture": torch.zeros(1, 6, 0)}, ValueError, r"C >= 1, not \(1, 6, 0\)"),
+        ({"texture": torch.zeros(1, 6)}, ValueError, r"\(B, N, C\), not \(1, 6\)"),
         ({"texture": torch.zeros(1, 7, 2)}, ValueError, r"\(1, 6, 5\) and \(1, 7, 2\)"),
         ({"texture": torch.zeros(2, 6, 2)}, ValueError, "batch size"),
         ({"texture": TEXTURE.to("meta")}, ValueError, "geometry is on cpu but texture is on meta"),

@@ -17,7 +17,7 @@ def tokens_at(*gaussians, height=60, width=90, **fields) -> GPSTokens:
     canvas_height, canvas_width = fields.get("canvas_size", (height, width))
     half = torch.tensor([(canvas_width - 1) / 2, (canvas_height - 1) / 2])
     geometry = torch.cat([pixels[..., :2] / half, pixels[..., 2:3], pixels[..., 3:] / half - 1], dim=-1)
-    return GPSTokens(geometry, torch.zeros(1, len(gaussians), 1), (height, width), **fields)
+    return GPSTokens.from_geometry(geometry, (height, width), **fields)
 
 
 def light_of(picture: Image.Image) -> np.ndarray:
@@ -120,8 +120,7 @@ def test_the_ellipse_of_an_initial_gaussian_touches_its_region():
     data = load_file(golden("partition.safetensors"))
     for token in (0, 20, 63):
         geometry = data["camera.n64.gpscodes"][token].reshape(1, 1, 5)
-        tokens = GPSTokens(geometry, torch.zeros(1, 1, 1), (256, 256))
-        points = drawn_points(visualize_gaussians(tokens, style="ellipses")[0])
+        points = drawn_points(visualize_gaussians(geometry, style="ellipses", size=(256, 256))[0])
         region = (data["camera.n64.regions"][token].numpy() + 1) / 2 * 255
         # Half a line's width, and the 1/256 by which the initial sigma falls short of the region.
         assert np.abs(np.concatenate([points.min(axis=0), points.max(axis=0)]) - region).max() < 1.5
@@ -201,7 +200,7 @@ def test_batches_and_every_kind_of_picture(style):
 @pytest.mark.parametrize("style", ["glow", "ellipses"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (64, 1)])
 def test_tiny_pictures(style, size):
-    tokens = GPSTokens(torch.tensor([[[0.3, 0.3, 0.1, 0.0, 0.0]]]), torch.zeros(1, 1, 1), size)
+    tokens = GPSTokens.from_geometry(torch.tensor([[[0.3, 0.3, 0.1, 0.0, 0.0]]]), size)
     [picture] = visualize_gaussians(tokens, style=style)
     assert picture.size == (size[1], size[0])
 
