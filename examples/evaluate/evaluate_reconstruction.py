@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from reconstruction_baselines import (
+from reconstruction.baselines import (
     CODECS,
     CROPS,
     LARGEST_PATCH,
@@ -56,9 +56,9 @@ from reconstruction_baselines import (
     fit_patch_pcas,
     patch_grid,
 )
-from reconstruction_judges import FEATURES, PERCEPTUAL, FeatureSet, Judges, load_judges
-from reconstruction_measure import Row, describe_pictures, measure
-from reconstruction_methods import (
+from reconstruction.judges import FEATURES, PERCEPTUAL, Judges, SetDistances, load_judges
+from reconstruction.measure import Row, describe_pictures, measure
+from reconstruction.methods import (
     GPSTokenMethod,
     InitialGaussians,
     Method,
@@ -67,8 +67,8 @@ from reconstruction_methods import (
     load_methods,
     parse_model,
 )
-from reconstruction_pictures import Squares
-from reconstruction_report import case_sheet, csv_table, json_report, markdown_table
+from reconstruction.report import case_sheet, csv_table, json_report, markdown_table
+from reconstruction.squares import Squares
 
 from gpstoken_diffusers.evaluation.weight_files import CACHE
 from gpstoken_diffusers.safe_files import write_atomically
@@ -223,7 +223,7 @@ class Evaluation:
             self.components = Components(args.train_dir, args.pca_crops)
         squares = {side: Squares(args.images, side, args.max_images) for side in dict.fromkeys(args.resolutions)}
         self.judges = judges or load_judges(args.perceptual, args.features, args.cache, args.device)
-        self.real: dict[int, FeatureSet] = {}
+        self.sets: dict[int, SetDistances | None] = {}
         self.results = Results({side: {} for side in squares}, squares, list(self.judges.notes))
 
     def run(self) -> Iterator[Results]:
@@ -250,11 +250,11 @@ class Evaluation:
     def measure(self, method: Method, side: int, num_cases: int = 0) -> Row:
         """The row of a method, which is measured where there is none of its name."""
         squares, table, args = self.results.squares[side], self.results.tables[side], self.args
-        if side not in self.real:
-            self.real[side] = describe_pictures(squares, self.judges, args.batch_size, args.device)
+        if side not in self.sets:
+            self.sets[side] = describe_pictures(squares, self.judges, args.batch_size, args.device)
         if method.name not in table:
             settings = (args.batch_size, args.device, num_cases)
-            table[method.name] = measure(method, squares, self.judges, self.real[side], *settings)
+            table[method.name] = measure(method, squares, self.judges, self.sets[side], *settings)
         return table[method.name]
 
 

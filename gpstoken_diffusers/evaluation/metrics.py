@@ -1,4 +1,8 @@
-"""How close a reconstruction is to its picture: PSNR and SSIM, per image."""
+"""How close a reconstruction is to its picture: PSNR and SSIM, per image.
+
+The command line needs them with the core's dependencies alone. torchmetrics' PSNR is the same but knows no mask; its
+SSIM counts mirrored pixels beyond the edges, unlike the paper and scikit-image.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernel distance and nearest neighbours, against loops over pairs and known distributions."""
+"""Kernel distances and nearest neighbours, against torchmetrics, loops over pairs and known distributions."""
 
 from __future__ import annotations
 
@@ -7,51 +7,69 @@ import math
 
 import pytest
 import torch
+from torchmetrics.image.kid import poly_mmd
 
 from gpstoken_diffusers.evaluation import distances
-from gpstoken_diffusers.evaluation.distances import kernel_distance, nearest_neighbours
+from gpstoken_diffusers.evaluation.distances import kernel_distance, nearest_neighbours, paired_kernel_distance
 
 
 def normal(count: int, seed: int, mean: float = 0.0, size: int = 4) -> torch.Tensor:
     return torch.randn(count, size, generator=torch.Generator().manual_seed(seed)).double() + mean
 
 
-def kernel(x, y) -> float:
-    return (sum(p * q for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3
+def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
+    return ((x @ y / len(x) + 1) ** 3).item()
 
 
-def distance_by_pairs(a: list, b: list) -> float:
-    m, n = len(a), len(b)
-    within_a = sum(kernel(x, y) for x, y in itertools.permutations(a, 2)) / (m * (m - 1))
-    within_b = sum(kernel(x, y) for x, y in itertools.permutations(b, 2)) / (n * (n - 1))
-    return within_a + within_b - 2 * sum(kernel(x, y) for x in a for y in b) / (m * n)
+def mean_of(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
-def test_a_case_by_hand():
-    # One feature; kernels of 0 and anything are 1, of 1 and 1 they are 8: 1 + 8 - 2.
-    assert kernel_distance(torch.zeros(3, 1), torch.ones(4, 1)) == pytest.approx((7, 0))
+def by_pairs(a: torch.Tensor, b: torch.Tensor, paired: bool = False) -> float:
+    """The estimate as its equation says; `paired` leaves out the pairs of one row."""
+    within = [mean_of([kernel(x, y) for x, y in itertools.permutations(rows, 2)]) for rows in (a, b)]
+    across = [kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i != j or not paired]
+    return sum(within) - 2 * mean_of(across)
+
+
+def jackknife(values: list[float]) -> float:
+    """Variance of an estimate by its values without each row."""
+    mean = mean_of(values)
+    return (len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values)
+
+
+def without(rows: torch.Tensor, place: int) -> torch.Tensor:
+    return torch.cat([rows[:place], rows[place + 1 :]])
 
 
 @pytest.mark.parametrize("rows_at_once", [2, 1024])
-def test_value_and_error_equal_loops_over_pairs(monkeypatch, rows_at_once):
+def test_value_and_error_are_those_of_all_pairs(monkeypatch, rows_at_once):
     monkeypatch.setattr(distances, "ROWS_AT_ONCE", rows_at_once)
     a, b = normal(5, 0), normal(7, 1, mean=0.5)
-    rows_a, rows_b = a.tolist(), b.tolist()
-    found = kernel_distance(a, b)
-    assert found.value == pytest.approx(distance_by_pairs(rows_a, rows_b), rel=1e-12)
-    variance = 0
-    for leave_out in (
-        [distance_by_pairs(rows_a[:i] + rows_a[i + 1 :], rows_b) for i in range(5)],
-        [distance_by_pairs(rows_a, rows_b[:i] + rows_b[i + 1 :]) for i in range(7)],
-    ):
-        mean, count = sum(leave_out) / len(leave_out), len(leave_out)
-        variance += (count - 1) / count * sum((value - mean) ** 2 for value in leave_out)
-    assert found.standard_error == pytest.approx(math.sqrt(variance), rel=1e-9)
+    # float64 on both sides: rounding alone.
+    value, error = kernel_distance(a, b)
+    assert value == pytest.approx(by_pairs(a, b), rel=1e-12)
+    variance = jackknife([by_pairs(without(a, i), b) for i in range(5)])
+    variance += jackknife([by_pairs(a, without(b, i)) for i in range(7)])
+    assert error == pytest.approx(math.sqrt(variance), rel=1e-9)
+    assert kernel_distance(b, a) == pytest.approx((value, error))
+    value, error = paired_kernel_distance(a, b[:5])
+    assert value == pytest.approx(by_pairs(a, b[:5], paired=True), rel=1e-12)
+    variance = jackknife([by_pairs(without(a, i), without(b[:5], i), paired=True) for i in range(5)])
+    assert error == pytest.approx(math.sqrt(variance), rel=1e-9)
 
 
-def test_it_is_symmetric():
-    a, b = normal(20, 0), normal(30, 1, mean=0.3)
-    assert kernel_distance(a, b) == pytest.approx(kernel_distance(b, a))
+def test_of_equally_many_it_is_that_of_torchmetrics():
+    a, b = normal(40, 0, size=64), normal(40, 1, mean=0.05, size=64)
+    assert kernel_distance(a, b).value == pytest.approx(poly_mmd(a, b).item(), rel=1e-9)  # float64 rounding
+
+
+def test_cases_by_hand():
+    # One feature; kernels of 0 and anything are 1, of 1 and 1 they are 8: 1 + 8 - 2.
+    assert kernel_distance(torch.zeros(3, 1), torch.ones(4, 1)) == pytest.approx((7, 0))
+    features = normal(8, 0)
+    assert paired_kernel_distance(features, features).value == 0
+    assert kernel_distance(features, features).value < 0  # what pairs do to the other estimate
 
 
 def test_halves_of_one_distribution_are_at_zero_whatever_their_number():
@@ -78,8 +96,6 @@ def test_shifted_gaussians_have_the_distance_of_the_closed_form():
     # The standard error that one draw claims is the scatter over draws.
     claimed = torch.tensor([draw.standard_error for draw in draws]).square().mean().sqrt().item()
     assert claimed == pytest.approx(spread, rel=0.25)
-    clear = kernel_distance(normal(2000, 0, size=1), normal(2000, 1, mean=1, size=1))
-    assert clear.value > 5 * clear.standard_error
 
 
 def test_half_precision_features_are_summed_in_double():
@@ -101,15 +117,8 @@ def test_neighbours_equal_a_sorted_list(monkeypatch, metric, rows_at_once):
             away = [(query - other).norm().item() for other in b]
         order = sorted(range(40), key=away.__getitem__)[:3]
         assert found.indices[row].tolist() == order
+        # cdist subtracts squares: half of float64's digits.
         assert found.distances[row].tolist() == pytest.approx([away[index] for index in order], abs=1e-6)
-
-
-def test_cosine_looks_at_direction_and_l2_at_position():
-    query, references = torch.tensor([[1.0, 0.0]]), torch.tensor([[9.0, 0.0], [1.0, 1.0]])
-    assert nearest_neighbours(query, references).indices.item() == 0
-    assert nearest_neighbours(query, references).distances.item() == pytest.approx(0, abs=1e-12)
-    assert nearest_neighbours(query, references, metric="l2").indices.item() == 1
-    assert nearest_neighbours(query, references, metric="l2").distances.item() == pytest.approx(1)
 
 
 ONES = torch.ones(4, 2)
@@ -123,6 +132,7 @@ ONES = torch.ones(4, 2)
         (lambda: kernel_distance(ONES[:2], ONES), ValueError, "at least 3 rows"),
         (lambda: kernel_distance(ONES, ONES * math.nan), ValueError, "NaN"),
         (lambda: kernel_distance(ONES, ONES.long()), TypeError, "int64"),
+        (lambda: paired_kernel_distance(ONES, ONES[:3]), ValueError, "sets of one size, not 4 and 3"),
         (lambda: nearest_neighbours(ONES, ONES, metric="dot"), ValueError, "cosine, l2"),
         (lambda: nearest_neighbours(ONES, ONES, k=5), ValueError, "references, 4, not 5"),
         (lambda: nearest_neighbours(ONES, ONES, k=0), ValueError, "not 0"),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
+import lpips
+import numpy as np
 import pytest
+import skimage.data
 import torch
 import torch.nn.functional as F
 import torchvision
-from perceptual_zoo import build, files, head_weights, inception_weights, noise, photographs, scattered, trunk_weights
+from perceptual_zoo import build, files, head_weights, inception_weights, noise, photographs, trunk_weights
 from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from gpstoken_diffusers.evaluation import inception
-from gpstoken_diffusers.evaluation.inception import merge_norms, resize_like_tensorflow
+from gpstoken_diffusers.evaluation.efficientnet import WEIGHTS, WHEEL
+from gpstoken_diffusers.evaluation.inception import resize_like_tensorflow
 from gpstoken_diffusers.evaluation.perceptual import LPIPS, NAMES, InceptionFeatures, perceptual_distance, unit
-from gpstoken_diffusers.evaluation.perceptual_trunks import CHANNELS
+from gpstoken_diffusers.evaluation.trunks import CHANNELS
+from gpstoken_diffusers.evaluation.weight_files import CACHE
 
 # The official Inception is the other one at other levels.
 ALL = pytest.mark.parametrize("name", [name for name in NAMES if name != "inception-official"])
 TRUNKS = pytest.mark.parametrize("trunk", CHANNELS)
-NETWORKS = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}
 
 
 # ------------------------------------------------------------------------------------------------ what all of them are
@@ -28,11 +35,11 @@ def test_equal_pictures_have_no_distance_and_order_does_not_matter(name):
     distance, a = build(name), photographs(48)
     b = noise(a, 0.1)
     assert distance(a, a).tolist() == [0, 0]
-    assert (distance(a, b) > 0).all()
-    assert torch.equal(distance(a, b), distance(b, a))
-    assert distance(a, b).dtype == torch.float32
-    together, alone = distance(a, b), torch.cat([distance(a[i : i + 1], b[i : i + 1]) for i in (0, 1)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)
+    together = distance(a, b)
+    assert torch.equal(together, distance(b, a))
+    assert together.dtype == torch.float32 and (together > 0).all()
+    alone = torch.cat([distance(a[i : i + 1], b[i : i + 1]) for i in (0, 1)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)  # float32, other sums in a batch
 
 
 @ALL
@@ -199,85 +206,46 @@ def test_st_lpips_is_that_of_its_package(name, expected):
 
 
 @TRUNKS
-def test_lpips_is_the_papers_formula(trunk, tmp_path):
-    """Equation 1, on torchvision's own network."""
+def test_lpips_is_that_of_its_package(trunk, tmp_path):
+    """With made-up weights in torchvision's file, and as one file by the package's names."""
+    package = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     weights, heads = trunk_weights(trunk), head_weights(trunk)
-    with torch.device("meta"):  # its classifier is not needed
-        layers = NETWORKS[trunk](weights=None).features.to_empty(device="cpu")
-    layers.load_state_dict({name.removeprefix("features."): value for name, value in weights.items()})
-    # As torchvision saves it, with the classifier; and the heads apart, as the package lpips has them.
+    places = [name for name in package.state_dict() if name.startswith("net.")]
+    own = {name: weights[f"features.{name.split('.', 2)[2]}"] for name in places}
+    package.load_state_dict(own | heads, strict=False)
     torch.save(weights | {"classifier.6.bias": torch.zeros(1000)}, tmp_path / "trunk.pth")
     torch.save(heads, tmp_path / "heads.pth")
+    torch.save(package.state_dict(), tmp_path / "whole.pth")
     distance = LPIPS(trunk, tmp_path / "trunk.pth", tmp_path / "heads.pth")
     a, b = made_up_pictures()
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    maps = [(picture - shift[:, None, None]) / scale[:, None, None] for picture in (a, b)]
-    expected = torch.zeros(2)
-    depths = {"vgg": (4, 9, 16, 23, 30), "alex": (2, 5, 8, 10, 12)}[trunk]
-    for depth, (first, last) in enumerate(zip((0, *depths), depths, strict=False)):
-        maps = [layers[first:last](picture) for picture in maps]
-        units = [F.normalize(picture, dim=1) for picture in maps]
-        expected += F.conv2d((units[0] - units[1]) ** 2, heads[f"lin{depth}.model.1.weight"]).mean(dim=(1, 2, 3))
     # float32, in another order of sums.
-    torch.testing.assert_close(distance(a, b), expected.detach(), rtol=1e-5, atol=0)
-    # The same weights as one file, by the names of the package lpips.
-    torch.save({f"net.slice1.{n[9:]}": v for n, v in weights.items()} | heads, tmp_path / "whole.pth")
+    torch.testing.assert_close(distance(a, b), package(a, b).flatten(), rtol=1e-5, atol=0)
     assert torch.equal(LPIPS(trunk, tmp_path / "whole.pth")(a, b), distance(a, b))
 
 
 def test_inception_is_that_of_torch_fidelity():
-    """Features of torch-fidelity 0.4.0's network, which takes whole levels only, with the same made-up weights."""
+    """Which takes whole levels only."""
+    file = io.BytesIO()
+    torch.save(inception_weights(), file)
+    file.seek(0)
+    network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)
     levels = ((made_up_pictures()[0] + 1) * 127.5).round()
+    (expected,) = network(levels.byte())
     features = build("inception").forward_features(levels / 127.5 - 1)[0].flatten(1)
-    assert features.shape == (2, 2048)
-    expected = [
-        [2.9412756, 4.1669893, 9.4629192, 6.5875087, 0.2107335],
-        [4.5079284, 5.3786259, 13.2048235, 9.2947493, 0.2516044],
-    ]
-    # float32 through 94 convolutions: 3e-5 was seen among all features, the largest of which is 61.
-    torch.testing.assert_close(features[:, [5, 500, 1000, 1500, 2000]], torch.tensor(expected), rtol=0, atol=2e-4)
+    # float32 through 94 convolutions: 3e-5 was seen, beside features up to 61.
+    torch.testing.assert_close(features, expected, rtol=0, atol=2e-4)
 
 
-def test_inceptions_blocks_are_torchvisions_but_for_their_poolings():
-    """The graph of 2015 averages over pixels inside the map, and once takes a maximum."""
-    blocks = torchvision.models.inception
-    cases = {
-        "Mixed_5b": blocks.InceptionA(192, 32),
-        "Mixed_6a": blocks.InceptionB(288),
-        "Mixed_6c": blocks.InceptionC(768, 160),
-        "Mixed_7a": blocks.InceptionD(768),
-        "Mixed_7b": blocks.InceptionE(1280),
-        "Mixed_7c": blocks.InceptionE(2048),
-    }
-    weights = inception_weights()
-    network = build("inception").network
-    for name, block in cases.items():
-        block.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
-        block.eval()
-        maps = scattered(name, torch.Size((1, next(block.parameters()).shape[1], 9, 11)))
-        with torch.no_grad():
-            expected, found = block(maps), network.get_submodule(name)(maps)
-        if name not in ("Mixed_6a", "Mixed_7a"):
-            expected, found = (out[..., 1:-1, 1:-1] for out in (expected, found))  # averages are equal inside
-        kept = -192 if name == "Mixed_7c" else None
-        torch.testing.assert_close(found[:, :kept], expected[:, :kept], rtol=1e-4, atol=1e-5)
-        if kept:
-            largest = F.max_pool2d(maps, 3, 1, 1)[..., 1:-1, 1:-1]
-            torch.testing.assert_close(found[:, kept:], block.branch_pool(largest), rtol=1e-4, atol=1e-5)
-
-
-def test_batch_norms_are_merged():
-    convolution, norm = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, eps=inception.BATCH_NORM_EPSILON).eval()
-    for number, value in enumerate(norm.state_dict().values()):
-        if value.is_floating_point():
-            value.copy_(1 + 0.5 * scattered(str(number), value.shape))
-    parts = {"conv": convolution, "bn": norm}
-    weights = {f"x.{part}.{n}": v for part, module in parts.items() for n, v in module.state_dict().items()}
-    merged = merge_norms(weights)
-    assert sorted(merged) == ["x.conv.bias", "x.conv.weight"]
-    maps = scattered("maps", torch.Size((2, 4, 7, 7)))
-    found = F.conv2d(maps, merged["x.conv.weight"], merged["x.conv.bias"])
-    torch.testing.assert_close(found, norm(convolution(maps)), rtol=1e-5, atol=1e-6)
+def test_efficientnet_knows_a_cup_of_coffee():
+    network = build("efficientnet-lite0").network
+    pixel_values = torch.from_numpy(np.array(skimage.data.coffee()[20:380, 120:480])).permute(2, 0, 1)[None] / 127.5 - 1
+    features = network(pixel_values)
+    assert features.shape == (1, 1280) and not features.requires_grad
+    with zipfile.ZipFile(CACHE.expanduser() / WHEEL.file) as file:
+        weights = torch.load(file.open(WEIGHTS), map_location="cpu", weights_only=True)
+    scores = (features @ weights["_fc.weight"].T + weights["_fc.bias"]).softmax(dim=-1)
+    assert scores.argmax().item() == 967  # espresso, among ImageNet's classes
+    assert scores.max().item() > 0.5
 
 
 def test_resizing_by_hand():

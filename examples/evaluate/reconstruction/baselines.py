@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reconstruction_methods import Cost, GPSTokenMethod, Method, latent_cost
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,6 +19,8 @@ from gpstoken_diffusers import GPSTokenImageProcessor
 from gpstoken_diffusers.ops.partition import partition_image
 from gpstoken_diffusers.tiling import cut_tiles, pad_to_tiles, tile_grid_for
 from gpstoken_diffusers.training.data import TrainingCrops, to_pixel_values
+
+from .methods import Cost, GPSTokenMethod, Method, latent_cost
 
 CROPS = 1200
 """Crops of training pictures that principal components are fitted to."""

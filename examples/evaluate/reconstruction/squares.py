@@ -14,18 +14,18 @@ from gpstoken_diffusers.training.pictures import UNREADABLE, FolderPictures
 
 
 class Squares:
-    """Centre squares of the photographs of a folder, scaled down to one side; read anew in each pass, in one order.
+    """Centre squares of the photographs of a folder, scaled down to one side; read in each pass, in one order.
 
     Photographs whose shorter side is below the resolution are left out: enlarged ones have no detail to lose.
 
     Args:
         folder: searched with its subfolders.
         resolution: side in pixels.
-        most: at most so many photographs, evenly spread over those that are large enough; None takes all.
+        most: at most this many photographs, evenly spread over those that are large enough; None takes all.
         at_least: leaves out photographs below this side too; None takes the resolution.
 
     Attributes:
-        paths: of the photographs; places in this list are their numbers.
+        paths: of the photographs; a photograph's number is its place in this list.
         names: the same below the folder, with "/" between its parts.
         left_out: how many are too small.
         damaged: file names and what is wrong with them, of those that cannot be read; complete after one pass.
@@ -60,13 +60,13 @@ class Squares:
         self.names = [path.relative_to(folder).as_posix() for path in self.paths]
 
     def __len__(self) -> int:
-        """Photographs, those included that turned out to be damaged."""
+        """Photographs, including those that turned out to be damaged."""
         return len(self.paths)
 
     def batches(self, size: int) -> Iterator[tuple[list[int], Tensor]]:
         """Places of up to `size` photographs, and their squares (n, 3, R, R) float32 in [-1, 1].
 
-        Raises ValueError, after the last of them: not one could be read.
+        Raises ValueError, after the last of them: none could be read.
         """
         places, squares, readable = [], [], 0
         for place, number in enumerate(self._chosen):
@@ -84,7 +84,7 @@ class Squares:
         if places:
             yield places, torch.stack(squares)
         if not readable:
-            raise ValueError(f"not one of {len(self.paths)} pictures can be read, {self.paths[0]} among them")
+            raise ValueError(f"none of {len(self.paths)} pictures can be read, such as {self.paths[0]}")
 
 
 def _reason(error: BaseException) -> str:

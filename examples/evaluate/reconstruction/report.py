@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from reconstruction_measure import (
+
+from .measure import (
     CODED,
     CODED_PSNR,
     DECODED_PER_SECOND,
@@ -49,7 +50,7 @@ def cells(row: Row, names: Sequence[str]) -> dict[str, Any]:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A table, its figures rounded; "inf" for pictures without any error, "-" where there is nothing to tell."""
+    """A table with rounded figures; "inf" for pictures without error, "-" for a figure that is missing."""
     names = columns(rows)
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in rows:
@@ -58,7 +59,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def csv_table(rows: Sequence[Row]) -> str:
-    """The same with all digits; empty where there is nothing to tell."""
+    """The same with all digits; empty where a figure is missing."""
     names = columns(rows)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, lineterminator="\n")

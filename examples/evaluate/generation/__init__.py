@@ -1,0 +1,1 @@
+"""What evaluate_generation.py judges, and its classifier."""
