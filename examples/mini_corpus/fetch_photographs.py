@@ -203,9 +203,7 @@ def report(manifest: Manifest) -> None:
 
 def main(arguments: list[str] | None = None, sources: tuple[Source, ...] = SOURCES) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for train/, heldout/ and photographs.json")
     add("--cache", type=Path, default=Path("~/.cache/gpstoken"), help="folder of .deb files (%(default)s)")

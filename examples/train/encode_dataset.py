@@ -75,8 +75,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flip", action="store_true", help="Mirror half of the changed views.")
     add("--shard_size", type=int, default=1024, help="Items per file.")
     add("--batch_size", type=int, default=16, help="Pictures that the autoencoder encodes at once.")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"],
-        help="What the autoencoder computes in. Texture is stored as float32, or as float16 after bfloat16.")
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="What the autoencoder computes in. Texture is stored as float32, or as float16 after bfloat16.",
+    )
     add("--num_workers", type=int, default=1, help="Processes that read and partition pictures, per encoder.")
     args = parser.parse_args(argv)
     for name in ("views", "shard_size", "batch_size"):

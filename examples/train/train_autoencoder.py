@@ -51,8 +51,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--recipe", default="pixels", choices=RECIPES, help="Defaults that belong together, see above.")
-    add("--train_dir", nargs="+", help='Folders of images, or of tar shards, or patterns such as "shards/*.tar"; '
-        "drawn from equally often.")
+    add(
+        "--train_dir",
+        nargs="+",
+        help='Folders of images, or of tar shards, or patterns such as "shards/*.tar"; drawn from equally often.',
+    )
     add("--dataset_name", help="A dataset of the Hub, or a folder of save_to_disk, in place of --train_dir.")
     add("--dataset_config", help="Its configuration.")
     add("--dataset_split", default="train")
@@ -63,8 +66,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", help="JSON file of AutoencoderGPSToken arguments that replace those of the preset.")
     add("--pretrained", help="A model to start from: a folder, or an official .safetensors file.")
     add("--freeze", choices=["encoder", "decoder"], help="A part that is not trained.")
-    add("--lora_rank", type=int, default=0, help="Train low-rank adapters of the refinement transformer alone; they "
-        "are merged into OUTPUT_DIR/model, and saved by themselves to OUTPUT_DIR/model/lora.")
+    add(
+        "--lora_rank",
+        type=int,
+        default=0,
+        help="Train low-rank adapters of the refinement transformer alone; they "
+        "are merged into OUTPUT_DIR/model, and saved by themselves to OUTPUT_DIR/model/lora.",
+    )
     add("--resolution", type=int, help="Side of the training crops, and the model's tile; default: the model's.")
     add("--num_tokens", type=int, help="Tokens per crop; default: the model's.")
     add("--token_jitter", type=float, default=0.25, help="A batch has num_tokens (1 +- this) tokens.")

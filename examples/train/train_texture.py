@@ -43,9 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_dir", help="Token dataset that is not trained on.")
     add("--autoencoder", default=str(MINI), help="Folder of the tokenizer that made the tokens; default: the shipped.")
     add("--pretrained", help="Folder of a model to start from; default: the mini configuration, fresh.")
-    add("--new_statistics", action="store_true",
+    add(
+        "--new_statistics",
+        action="store_true",
         help="Standardise latents by this dataset's mean and deviation in place of the pretrained model's: for tokens "
-             "of another tokenizer.")
+        "of another tokenizer.",
+    )
     add("--config", help="JSON file of GPSTokenTransformerModel arguments that replace the mini configuration's.")
     add_training_arguments(parser)
     return parser.parse_args(argv)

@@ -11,7 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-import encode_dataset  # noqa: E402
+import encode_dataset
 import pytest
 import torch
 from accelerate.state import AcceleratorState

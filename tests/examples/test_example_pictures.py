@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
+from model_zoo import smooth_picture
 from PIL import Image
 from pipeline_zoo import tiny_pipeline
+from script_runs import ROOT, run_script
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "edit"
-
-
-def run(script: str, *arguments: object) -> None:
-    command = [sys.executable, EXAMPLES / script, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+EDIT = ROOT / "examples" / "edit"
 
 
 def test_two_stages(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
-    random = np.random.default_rng(0)
-    for name in ("first.png", "second.png"):
-        Image.fromarray(random.integers(0, 255, (48, 40, 3), dtype=np.uint8)).save(tmp_path / name)
-    files = (tmp_path / "first.png", tmp_path / "second.png", tmp_path / "sheet.png")
-    run("two_stages.py", *files, "--pipeline", tmp_path / "pipeline", "--label", "food")
+    for seed, name in enumerate(("first.png", "second.png")):
+        smooth_picture(seed, (40, 48)).save(tmp_path / name)
+    files = ("first.png", "second.png", "sheet.png")
+    run_script([EDIT / "two_stages.py", *files, "--pipeline", "pipeline", "--label", "food"], tmp_path)
     assert Image.open(tmp_path / "sheet.png").height > 5 * 256
 
 
 def test_edit_tokens(tmp_path):
-    run("edit_tokens.py", tmp_path / "edited.png")
+    run_script([EDIT / "edit_tokens.py", "edited.png"], tmp_path)
     sheet = np.asarray(Image.open(tmp_path / "edited.png").convert("RGB"), dtype=int)
     # Two rows of four pictures of 384 x 256, each row under a band of titles.
     band, margin = sheet.shape[0] // 2 - 256, (sheet.shape[1] - 4 * 384) // 5

@@ -11,10 +11,10 @@ import tarfile
 import threading
 from pathlib import Path
 
-import fetch_emoji  # noqa: E402
+import fetch_emoji
 import numpy as np
 import pytest
-from fetch_emoji import Package, group_names, group_of, plain, split_emoji  # noqa: E402
+from fetch_emoji import Package, group_names, group_of, plain, split_emoji
 from PIL import Image
 
 

@@ -11,10 +11,10 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-import fetch_photographs  # noqa: E402
+import fetch_photographs
 import numpy as np
 import pytest
-from photographs.sources import SOURCES, Source  # noqa: E402
+from photographs.sources import SOURCES, Source
 from PIL import Image
 from qt_resource_files import PLAIN, build_rcc, packed
 
@@ -92,9 +92,7 @@ class World:
                     "rcc/other.rcc": b"never opened",
                     "rcc/toy.rcc": build_rcc(
                         {
-                            "x/README": packed(
-                                b"Copyright: Cy\nLicense: Public Domain\nFiles:\nin/bee.webp\n"
-                            ),
+                            "x/README": packed(b"Copyright: Cy\nLicense: Public Domain\nFiles:\nin/bee.webp\n"),
                             "x/in/bee.webp": (self.webp, PLAIN),
                         }
                     ),
@@ -104,9 +102,7 @@ class World:
 
     def package(self, source: Source, files: dict[str, bytes], links: dict[str, str] | None = None) -> Source:
         """Put a package on the mirror; returns `source` with its sha256."""
-        return replace(
-            source, sha256=build_deb(self.mirror / source.deb_name.replace("%3a", ":"), files, links)
-        )
+        return replace(source, sha256=build_deb(self.mirror / source.deb_name.replace("%3a", ":"), files, links))
 
     def run(self, *sources: Source) -> int:
         arguments = ["--output", str(self.output), "--cache", str(self.cache)]

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from photographs.licences import Licence, debian_licence, kde_licence, readme_licence
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-
-from photographs.licences import Licence, debian_licence, kde_licence, readme_licence  # noqa: E402
 
 DEBIAN_COPYRIGHT = """\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -100,9 +99,7 @@ def test_readme_licence_missing():
 
 
 def test_kde_licence():
-    metadata = {
-        "KPlugin": {"License": "LGPLv3", "Authors": [{"Name": "Ada", "Name[de]": "A"}, {"Name": "Bo"}]}
-    }
+    metadata = {"KPlugin": {"License": "LGPLv3", "Authors": [{"Name": "Ada", "Name[de]": "A"}, {"Name": "Bo"}]}}
     assert kde_licence(json.dumps(metadata)) == Licence("LGPLv3", "Ada, Bo")
 
 

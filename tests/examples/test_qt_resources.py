@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from photographs.qt_resources import QtResources  # noqa: E402
+from photographs.qt_resources import QtResources
 from qt_resource_files import PLAIN, ZLIB, ZSTD, build_rcc, packed
 
 FILES = {

@@ -10,10 +10,7 @@ import skimage.data
 import torch
 from model_zoo import noise_images, tiny_model
 from PIL import Image
-from reconstruction_zoo import write_pictures  # first: it makes the examples importable
-
-# isort: split
-from reconstruction_baselines import (
+from reconstruction.baselines import (
     FileFormat,
     FileFormatWithin,
     PatchGrid,
@@ -23,9 +20,9 @@ from reconstruction_baselines import (
     largest_within,
     patch_grid,
     principal_directions,
-    region_means,
 )
-from reconstruction_methods import GPSTokenMethod
+from reconstruction.methods import GPSTokenMethod
+from reconstruction_zoo import write_pictures
 
 from gpstoken_diffusers.training.data import TrainingCrops, to_pixel_values
 
@@ -38,15 +35,7 @@ def photograph() -> Image.Image:
 # Regions
 
 
-def test_regions_are_painted_with_their_means():
-    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
-    boxes = torch.tensor([[[0, 0, 1, 3], [2, 0, 3, 3]], [[0, 0, 3, 1], [0, 2, 3, 3]]])
-    means = region_means(images, boxes)
-    assert torch.equal(means[0, 0], images[0, :, :, :2].mean((1, 2)))
-    assert torch.equal(means[1, 1], images[1, :, 2:].mean((1, 2)))
-
-
-@pytest.mark.parametrize("side", [32, 64, 40])
+@pytest.mark.parametrize("side", [32, 40])
 def test_regions_cover_the_picture_tile_by_tile(side):
     method = RegionMeans(GPSTokenMethod("ours", tiny_model("lattice"), 9))
     images = noise_images(2, side, side)
@@ -120,7 +109,7 @@ def test_patches_are_as_many_as_tokens():
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "webp"])
-@pytest.mark.parametrize("limit", [1500, 3000, 9000])
+@pytest.mark.parametrize("limit", [1500, 9000])
 def test_files_are_as_large_as_allowed(codec, limit, photograph):
     images = to_pixel_values(photograph)[None]
     method = FileFormatWithin(codec, {7: limit}, "ours")
@@ -158,10 +147,9 @@ def test_pictures_are_halved_where_no_quality_is_small_enough(photograph):
 
 
 def test_each_picture_has_its_own_limit(photograph):
-    images = to_pixel_values(photograph).expand(2, -1, -1, -1)
-    sizes = FileFormatWithin("webp", {3: 1500, 5: 6000}, "ours").cost
-    code = FileFormatWithin("webp", {3: 1500, 5: 6000}, "ours").encode(images, [3, 5])
-    small, large = sizes(code).bytes["coded"]
+    method = FileFormatWithin("webp", {3: 1500, 5: 6000}, "ours")
+    code = method.encode(to_pixel_values(photograph).expand(2, -1, -1, -1), [3, 5])
+    small, large = method.cost(code).bytes["coded"]
     assert small <= 1500 < large <= 6000
 
 

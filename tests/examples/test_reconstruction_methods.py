@@ -8,11 +8,8 @@ import pytest
 import torch
 from conftest import golden
 from model_zoo import SMALL_CONFIG, noise_images, tiny_model
-from reconstruction_zoo import tiny_autoencoders  # first: it makes the examples importable
-
-# isort: split
-import reconstruction_methods
-from reconstruction_methods import (
+from reconstruction import methods
+from reconstruction.methods import (
     GPSTokenMethod,
     InitialGaussians,
     ShuffledTextures,
@@ -22,18 +19,10 @@ from reconstruction_methods import (
     load_methods,
     parse_model,
 )
+from reconstruction_zoo import autoencoder_folders, tiny_autoencoders
 from safetensors.torch import load_file, save_file
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder per class of autoencoder."""
-    root = tmp_path_factory.mktemp("autoencoders")
-    for name, model in {**tiny_autoencoders(), "AutoencoderGPSToken": tiny_model("lattice")}.items():
-        model.save_pretrained(root / name)
-    return root
 
 
 @torch.no_grad()
@@ -50,13 +39,8 @@ def test_bytes_of_tokens_are_those_of_files(tmp_path):
     assert torch.equal(cost.coded.texture[1:], GPSTokens.load(tmp_path / "tokens.safetensors").texture)
     assert torch.equal(cost.coded.geometry[1:], GPSTokens.load(tmp_path / "tokens.safetensors").geometry)
     assert method.decode(cost.coded).shape == (2, 3, 32, 32)
-
-
-@torch.no_grad()
-def test_larger_pictures_have_tokens_in_each_tile():
-    method = GPSTokenMethod("ours", tiny_model("lattice"), 6)
     cost = method.cost(method.encode(noise_images(1, 64, 64), [0]))
-    assert (cost.tokens, cost.numbers) == (4 * 6, 4 * 6 * 9)
+    assert (cost.tokens, cost.numbers) == (4 * 9, 4 * 9 * 9)  # in each of four tiles
 
 
 @torch.no_grad()
@@ -77,8 +61,8 @@ def test_shuffled_textures_and_initial_gaussians_change_just_that():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, channels", [("AutoencoderKL", 3), ("AutoencoderDC", 4), ("AutoencoderTiny", 2)])
-def test_latents_cost_what_their_shape_says(folders, name, channels):
-    (method,) = load_methods(str(folders / name), None, "cpu")
+def test_latents_cost_what_their_shape_says(name, channels):
+    (method,) = load_methods(str(autoencoder_folders() / name), None, "cpu")
     images = noise_images(2, 32, 32)
     code = method.encode(images, [0, 1])
     cost = method.cost(code)
@@ -91,15 +75,15 @@ def test_latents_cost_what_their_shape_says(folders, name, channels):
     }
     assert method.decode(code).shape == method.decode(cost.coded).shape == images.shape
     assert torch.equal(method.encode(images, [0, 1]), code)  # nothing is drawn at random
-    model = getattr(reconstruction_methods.diffusers, name).from_pretrained(folders / name)
+    model = getattr(methods.diffusers, name).from_pretrained(autoencoder_folders() / name)
     assert method.parameters == sum(parameter.numel() for parameter in model.parameters())
     if name == "AutoencoderKL":
         torch.testing.assert_close(method.decode(code), model(images).sample)
 
 
 @torch.no_grad()
-def test_a_codebook_costs_its_indices(folders):
-    (method,) = load_methods(str(folders / "VQModel"), None, "cpu")
+def test_a_codebook_costs_its_indices():
+    (method,) = load_methods(str(autoencoder_folders() / "VQModel"), None, "cpu")
     code = method.encode(noise_images(1, 32, 32), [0])
     cost = method.cost(code)
     assert (cost.tokens, cost.numbers) == (256, 256)
@@ -128,14 +112,14 @@ def test_places_and_numbers_of_tokens():
     assert parse_model("runs/a@b") == ("runs/a@b", None)
 
 
-def test_classes_are_read_from_the_configuration(folders):
+def test_classes_are_read_from_the_configuration():
     assert class_of("mini") == "AutoencoderGPSToken"
-    for folder in folders.iterdir():
+    for folder in autoencoder_folders().iterdir():
         assert class_of(str(folder)) == folder.name
 
 
-def test_rows_of_a_folder(folders):
-    place = str(folders / "AutoencoderGPSToken")
+def test_rows_of_a_folder():
+    place = str(autoencoder_folders() / "AutoencoderGPSToken")
     assert [method.name for method in load_methods(place, [4, 9], "cpu")] == [f"{place}@4", f"{place}@9"]
     (method,) = load_methods(place, None, "cpu")
     assert method.num_tokens == 6  # the configuration's
@@ -145,7 +129,7 @@ def test_rows_of_a_folder(folders):
         with pytest.raises(ValueError, match=f"a tile of {side} px can be divided into 1 to {most} regions"):
             load_methods(name, counts, "cpu")
     with pytest.raises(ValueError, match="AutoencoderKL, whose number of tokens cannot be chosen"):
-        load_methods(str(folders / "AutoencoderKL"), [4], "cpu")
+        load_methods(str(autoencoder_folders() / "AutoencoderKL"), [4], "cpu")
 
 
 def test_an_official_file(monkeypatch):
@@ -159,7 +143,7 @@ def test_an_official_file(monkeypatch):
     assert method.model.config.num_tokens == 64
 
 
-def test_places_without_a_model_are_named(folders, tmp_path):
+def test_places_without_a_model_are_named(tmp_path):
     def write(name: str, text: str, file: str = "config.json") -> str:
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
@@ -189,7 +173,7 @@ def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
         asked.append((pretrained_model_name_or_path, subfolder))
         raise OSError("no such repository\nand more")
 
-    monkeypatch.setattr(reconstruction_methods.diffusers.AutoencoderKL, "load_config", answer)
+    monkeypatch.setattr(methods.diffusers.AutoencoderKL, "load_config", answer)
     for place, question in (("owner/name", ("owner/name", None)), ("owner/name/vae", ("owner/name", "vae"))):
         with pytest.raises(OSError, match=f"no folder {place} here, .* Hub: no such repository$"):
             class_of(place)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import csv
 
+import plot_reconstruction
 import pytest
 import torch
-from model_zoo import tiny_model
 from PIL import Image
-from reconstruction_zoo import tiny_autoencoders, write_pictures  # first: it makes the examples importable
-
-pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib: pip install matplotlib")
-
-import plot_reconstruction  # noqa: E402
+from reconstruction_zoo import autoencoder_folders, write_pictures
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    tiny_model("lattice").save_pretrained(tmp_path / "model")
     folder = write_pictures(tmp_path / "pictures", [(110, 100)] * 2 + [(90, 70)])
     settings = ["--num_tokens", 4, 16, "--resolutions", 64, 96, "--strengths", 0, 4, "--perceptual", "none"]
     settings += ["--train_dir", folder, "--pca_crops", 8, "--device", "cpu", "--output", tmp_path / "out"]
-    return [str(part) for part in (folder, "--model", tmp_path / "model", *settings)]
+    return [str(part) for part in (folder, "--model", autoencoder_folders() / "AutoencoderGPSToken", *settings)]
 
 
 def read(path) -> list[dict[str, str]]:
@@ -67,9 +62,8 @@ def test_the_disc_lies_in_the_middle():
 
 
 def test_mistakes_are_named_before_anything_is_measured(arguments, tmp_path, capsys):
-    tiny_autoencoders()["AutoencoderTiny"].save_pretrained(tmp_path / "other")
     cases = [
-        (["--model", tmp_path / "other"], "is no GPSToken autoencoder"),
+        (["--model", autoencoder_folders() / "AutoencoderTiny"], "is no GPSToken autoencoder"),
         (["--resolutions", 64, 512], "no picture of at least 512 px"),
         (["--num_tokens", 17], "can be divided into 1 to 16 regions"),
         (["--table_tokens", 17], "can be divided into 1 to 16 regions"),

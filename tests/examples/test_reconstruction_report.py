@@ -9,11 +9,8 @@ import math
 
 import pytest
 import torch
-from reconstruction_zoo import made_up_judges  # noqa: F401  first: it makes the examples importable
-
-# isort: split
-from reconstruction_measure import CODED, FLOAT16, PSNR, SSIM, Cases, Row
-from reconstruction_report import case_sheet, csv_table, json_report, markdown_table
+from reconstruction.measure import CODED, FLOAT16, PSNR, SSIM, Cases, Row
+from reconstruction.report import case_sheet, csv_table, json_report, markdown_table
 
 
 def made_up_row(method: str = "ours", **figures) -> Row:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_runs import ENVIRONMENT, ROOT, make_photographs
+from script_runs import ROOT, run_script
+from training_runs import make_photographs
 
 from gpstoken_diffusers import GPSTokenPipeline
 
+GUIDE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 LOOP = "--batch_size 1 --max_train_steps 2 --num_workers 0 --warmup_steps 1 --report_to none --mixed_precision no"
 # What is appended to the guide's commands; what is given last wins.
 TOY = {
@@ -31,21 +31,9 @@ TOY = {
 
 def commands() -> list[list[str]]:
     """The guide's command lines, but the one that fetches photographs."""
-    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)).replace("\\\n", " ")
     lines = [shlex.split(line) for line in blocks.splitlines() if line.strip()]
     return [line for line in lines if "examples/mini_corpus/fetch_photographs.py" not in line]
-
-
-def at_toy_size(command: list[str]) -> list[str]:
-    """The command as this machine can run it."""
-    if command[0] == "gpstoken":
-        return [sys.executable, "-m", "gpstoken_diffusers", *command[1:], *shlex.split(TOY[command[1]])]
-    launched = command[:2] == ["accelerate", "launch"]
-    script, *arguments = command[2:] if launched else command[1:]
-    # accelerate starts several processes of a CPU through MPI alone; torchrun does so without.
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if launched else []
-    return [sys.executable, *start, script, *arguments, *shlex.split(TOY[Path(script).name])]
 
 
 @pytest.mark.slow
@@ -53,20 +41,22 @@ def test_the_guide_runs_from_a_folder_of_pictures_to_a_generator(tmp_path):
     for name, count in (("train", 4), ("heldout", 2)):
         make_photographs(tmp_path / "data" / "photographs" / name, count, size=(120, 90))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "gpstoken_diffusers").symlink_to(ROOT / "gpstoken_diffusers")
-    tiny = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
-    (tmp_path / "tiny.json").write_text(json.dumps(tiny))
-    seen = []
-    for command in commands():
-        line = at_toy_size(command)
-        seen += [Path(word).name for word in line if Path(word).name in TOY]
-        # The folder with the symbolic link must not be what is imported: it has no native libraries.
-        environment = ENVIRONMENT | {"PYTHONSAFEPATH": "1"} if "gpstoken" in command[0] else ENVIRONMENT
-        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    assert set(seen) == set(TOY)
+    (tmp_path / "gpstoken_diffusers").symlink_to(ROOT / "gpstoken_diffusers")  # the shipped model's path
+    (tmp_path / "tiny.json").write_text(json.dumps({"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}))
+    seen = set()
+    for program, *arguments in commands():
+        launched = program == "accelerate"
+        if program == "gpstoken":
+            name, command = arguments[0], ["gpstoken_diffusers", *arguments]
+        else:
+            assert program == "python" or arguments.pop(0) == "launch"
+            name, command = Path(arguments[0]).name, arguments
+        run_script([*command, *shlex.split(TOY[name])], tmp_path, processes=2 if launched else 1)
+        seen.add(name)
+    assert seen == set(TOY)
     for name in ("runs/tokenizer/validation.png", "runs/texture/samples.png", "runs/layout/layouts.png"):
         assert (tmp_path / name).is_file(), name
+    assert " 2 x " in (tmp_path / "runs" / "tokenizer" / "model" / "README.md").read_text()  # processes
     assert Image.open(tmp_path / "runs" / "generated.png").size[0] >= 64
     pipe = GPSTokenPipeline.from_pretrained(tmp_path / "runs" / "pipeline")
     assert pipe.id2label == {0: "train"}
@@ -75,8 +65,7 @@ def test_the_guide_runs_from_a_folder_of_pictures_to_a_generator(tmp_path):
 
 def test_the_guide_names_no_option_that_does_not_exist():
     """Those of its table, which the run above does not take."""
-    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"--[a-z_0-9]+", text))
+    named = set(re.findall(r"--[a-z_0-9]+", GUIDE))
     sources = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "gpstoken_diffusers").rglob("*.py")]
     known = set(re.findall(r'"(--[a-z_0-9]+)"', "".join(path.read_text(encoding="utf-8") for path in sources)))
     assert named - known <= {"--logdir"}, "an option of TensorBoard"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
+from model_zoo import tiny_model
 from PIL import Image
-from reconstruction_judges import Judges  # noqa: E402
 from torch import nn
 
 
@@ -55,8 +59,18 @@ def tiny_autoencoders() -> dict[str, nn.Module]:
     return {name: model.eval() for name, model in made.items()}
 
 
+@functools.cache
+def autoencoder_folders() -> Path:
+    """A folder for each class of autoencoder; not to be changed."""
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    for name, model in {**tiny_autoencoders(), "AutoencoderGPSToken": tiny_model("lattice")}.items():
+        model.save_pretrained(root / name)
+    return root
+
+
 class MeanDifference(nn.Module):
-    """Stands for a perceptual distance."""
+    """In place of a perceptual distance."""
 
     label = "mean difference"
 
@@ -65,13 +79,9 @@ class MeanDifference(nn.Module):
 
 
 class MeanColours(nn.Module):
-    """Stands for a network of features: the mean colours of the quarters of a picture."""
+    """In place of a network of features: the mean colours of the quarters of a picture."""
 
     frechet, kernel, spatial = "Frechet distance, mean colours", "kernel distance x 1000, mean colours", None
 
     def forward(self, images):
         return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1), None
-
-
-def made_up_judges() -> Judges:
-    return Judges(MeanDifference(), MeanColours())
