@@ -210,7 +210,7 @@ def _autoencoder_stages(size: str, config: dict, settings: Settings) -> list[Sta
         _stage(
             size, "decoder", settings,
             twin=lambda: (twins.plain_decoder(plain, feature_map),),
-            ours=lambda: (model.decoder.render(our_map) if lattice else model.decoder(our_map),),
+            ours=lambda: (model.decoder(our_map),),
             inputs=([feature_map], [our_map]),
             modules=convolving,
         ),

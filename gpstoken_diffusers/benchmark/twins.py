@@ -21,9 +21,9 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from ..models.autoencoder_gpstoken import AutoencoderGPSToken
-from ..models.group_norm import GroupNorm, TileGroupNorm
 from ..models.map_decoder import DecoderBlock, MapAttention, MapDecoder
-from ..models.refinement import GaussianRefiner, PooledRegionReader, apply_geometry_residual
+from ..models.norms import GroupNorm, TileGroupNorm
+from ..models.refinement import GaussianRefiner, PooledRegionReader, add_in_logit_space
 from ..models.stem import ImageStem
 from ..models.transformer_gpstoken import GPSTokenTransformerModel
 from ..ops.backend.native import BACKEND_VARIABLE
@@ -83,7 +83,7 @@ def plain_refinement(
         read = reader.proj(cells.flatten(1)).reshape(hidden.shape)
         for number, block in enumerate(refiner.blocks):
             hidden = block(hidden, None if number else read)
-    return apply_geometry_residual(geometry, refiner.geometry_head(hidden)), refiner.texture_head(hidden)
+    return add_in_logit_space(geometry, refiner.geometry_head(hidden)), refiner.texture_head(hidden)
 
 
 def plain_splat(model: AutoencoderGPSToken, geometry: Tensor, texture: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def plain_decoder(model: AutoencoderGPSToken, feature_map: Tensor) -> Tensor:
     """Feature map (B, C, map, map) -> pictures (B, 3, H, W). A lattice decoder wants [`plain_definitions`] around."""
     decoder = model.decoder
     if not isinstance(decoder, MapDecoder):
-        return decoder.render(feature_map)
+        return decoder(feature_map)
     x = _decoder_block(decoder.mid_block_1, decoder.conv_in(feature_map))
     x = _decoder_block(decoder.mid_block_2, _map_attention(decoder.mid_attention, x))
     for stage in decoder.stages:

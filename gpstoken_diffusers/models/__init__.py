@@ -1,1 +1,1 @@
-"""The networks: the autoencoder and its parts."""
+"""Networks: each one draws, encodes or predicts by itself, and knows nothing of samplers, pipelines or training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,13 +20,14 @@ from ..ops.partition import initial_gaussians
 from ..tiling import take_tiles, tile_grid_for
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
 from . import official_checkpoints
-from .decoding import DecodingMixin
+from .canvas import checked_size, cut_picture
 from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
 from .refinement import GaussianRefiner
 from .stem import ImageStem
-from .work_plan import MemoryBudgetMixin
+from .windows import Size
+from .work_plan import WorkPlan, parse_memory
 
 
 @dataclass
@@ -44,8 +46,6 @@ class AutoencoderGPSTokenOutput(BaseOutput):
 
 
 class AutoencoderGPSToken(
-    DecodingMixin,
-    MemoryBudgetMixin,
     SingleFileLoadingMixin,
     ModelMixin,
     AttentionMixin,
@@ -58,8 +58,7 @@ class AutoencoderGPSToken(
     A greedy entropy-driven partition places the Gaussians, a transformer refines them and reads their texture, a
     splatting renderer paints them onto a feature map, a convolutional decoder makes the picture. Images larger than
     `sample_size` are cut into tiles whose tokens merge into one set; other sizes are padded and cropped back.
-    Decoding is in `models/decoding.py`. Large images are worked off piece by piece; `set_memory_budget("1GB")` says how
-    much memory that may take ([`MemoryBudgetMixin`]).
+    Large images are worked off piece by piece; `set_memory_budget("1GB")` says how much memory that may take.
 
     Args:
         in_channels, out_channels: image channels.
@@ -89,6 +88,8 @@ class AutoencoderGPSToken(
 
     _official = official_checkpoints.AUTOENCODER
     _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = ["geometry_head"]
+    _group_offload_block_modules = ["stem", "refiner", "decoder"]
     _no_split_modules = ["RefinementBlock", "DecoderBlock", "StemBlock", "LocalBlock"]
     _repeated_blocks = ["RefinementBlock"]
 
@@ -124,59 +125,76 @@ class AutoencoderGPSToken(
             raise ValueError(f'decode_mode must be "merge" or "tile", got {decode_mode!r}.')
         if sample_size % map_size:
             raise ValueError(f"sample_size must be a multiple of map_size, got {sample_size} and {map_size}.")
-        upscale = sample_size // map_size
-        widths = tuple(decoder_block_out_channels)
         self.stem = ImageStem(in_channels, stem_channels, stem_patch_size, stem_num_layers)
+        transformer = (hidden_size, num_layers, num_attention_heads)
         self.refiner = GaussianRefiner(
-            stem_channels,
-            hidden_size,
-            num_layers,
-            num_attention_heads,
-            texture_channels,
-            roi_size,
-            region_reading,
-            stem_patch_size,
+            stem_channels, *transformer, texture_channels, roi_size, region_reading, stem_patch_size
         )
+        widths, upscale = tuple(decoder_block_out_channels), sample_size // map_size
+        sizes = (texture_channels, out_channels, widths, decoder_num_layers, map_size, upscale, support)
         if decoder_type == "map":
-            if 2 ** (len(widths) - 1) != upscale:
-                raise ValueError(
-                    f"{len(widths)} decoder resolutions enlarge a map {2 ** (len(widths) - 1)} times, but "
-                    f"sample_size / map_size is {upscale}."
-                )
-            self.decoder = MapDecoder(texture_channels, out_channels, widths, decoder_num_layers)
+            self.decoder = MapDecoder(*sizes)
         elif decoder_type == "lattice":
-            if len(widths) != 2 or upscale % 2:
-                raise ValueError(
-                    "A lattice decoder has two resolutions and enlarges its map an even number of times, got "
-                    f"decoder_block_out_channels={widths} and sample_size / map_size = {upscale}."
-                )
-            self.decoder = LatticeDecoder(
-                texture_channels,
-                out_channels,
-                widths,
-                decoder_num_layers,
-                lattice_size,
-                lattice_channels,
-                upscale,
-                support,
-            )
+            self.decoder = LatticeDecoder(*sizes, lattice_size, lattice_channels)
         else:
             raise ValueError(f'decoder_type must be "map" or "lattice", got {decoder_type!r}.')
         self.use_slicing = False
         self.use_tiling = False
         self.is_compiled = False
+        self._memory_budget: int | None = None
 
     def compile(self, *args, **kwargs) -> None:
         """Compiles the three networks in place, for `encode`, `decode` and `forward`; their weights keep their names.
 
-        The first call with pictures of another size or another number of tokens takes some seconds to a minute. What
-        is compiled are whole networks: the windows in which a lattice decoder draws large pictures stay as they are.
+        The first call with pictures of another size or another number of tokens takes some seconds to a minute. The
+        windows in which a lattice decoder draws large pictures are not compiled.
 
         Args: as of `torch.compile`. `mode="reduce-overhead"` records CUDA graphs.
         """
         for network in (self.stem, self.refiner, self.decoder):
             network.compile(*args, **kwargs)
         self.is_compiled = True
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes that encoding and decoding may work in; None is no budget. See [`set_memory_budget`]."""
+        return self._memory_budget
+
+    def set_memory_budget(self, budget: int | str | None) -> None:
+        """Sets how much memory `encode` and `decode` may work in, whatever the size of a picture.
+
+        What counts is what they need beside the weights, their input, and their result (tokens, or the sample and the
+        canvas that it is cut from). The budget decides how many tiles pass through the networks at once and how large
+        the windows of a large picture are ([`WorkPlan`]). It holds for this object, and is not saved.
+
+        Small windows are slower, because more around them is computed twice. Results stay the same up to rounding, with
+        one exception: a "map" decoder in mode "merge" normalises over a window at its end, and windows are smaller
+        where the budget has no room for the usual ones.
+
+        It is an estimate for inference with the native libraries, on the high side. Gradients keep all activations,
+        the PyTorch reference of the splat takes some 200 MB more, and so may the workspaces of cuDNN. A picture decoded
+        at another size whose canvas has to be resampled (see `decode`) is held once more, and in float32.
+
+        Args:
+            budget: bytes, or text such as "800MB", "1.5GB" or "1GiB"; None, as at the start, takes no more than four
+                tiles of a large picture at once, and all pictures of a batch of one tile each.
+
+        Raises:
+            TypeError: neither an int nor text nor None.
+            ValueError: text that is no size, or less than this model needs; the message says the least that works.
+                `encode` and `decode` raise it as well, for a call that needs more (more tokens, a larger picture).
+        """
+        if budget is not None:
+            budget = parse_memory(budget)
+            plan = replace(self.work_plan, budget=budget)
+            least = max(plan.encoding_bytes(1, self.config.num_tokens), self.decoder.least_bytes(plan))
+            plan.check_room(least, "this model")
+        self._memory_budget = budget
+
+    @property
+    def work_plan(self) -> WorkPlan:
+        """How `encode` and `decode` divide their work, by the present budget, dtype and `enable_slicing`."""
+        return WorkPlan(self.config, self.dtype, self._memory_budget, self.use_slicing)
 
     def _lasting(self, result: Tensor) -> Tensor:
         """A network's result in memory of its own: a CUDA graph writes each over the one before."""
@@ -252,13 +270,13 @@ class AutoencoderGPSToken(
         self, pixel_values: Tensor, geometry: Tensor, regions: Tensor, tile_grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Geometry (B tiles, n, 5) and texture (B tiles, n, C): some tiles at a time through stem and transformer."""
-        count = len(regions)
-        step = self._encoding_tiles(count, tile_grid, regions.shape[1])
+        count, plan = len(regions), self.work_plan
+        step = plan.encoding_tiles(count, tile_grid, regions.shape[1])
         refined = texture = None
         for start in range(0, max(1, count), step):
             chunk = slice(start, start + step)
             tiles = take_tiles(pixel_values, self.config.sample_size, chunk)
-            features = self._lasting(self.stem(tiles.to(self.dtype, memory_format=torch.channels_last)))
+            features = self._lasting(self.stem(tiles.to(plan.dtype, memory_format=torch.channels_last)))
             outputs = tuple(map(self._lasting, self.refiner(features, geometry[chunk], regions[chunk])))
             if step >= count:
                 return outputs
@@ -282,7 +300,7 @@ class AutoencoderGPSToken(
             entropy_exponent=config.entropy_exponent,
             importance=importance,
             importance_strength=importance_strength,
-            tiles_at_once=self._partition_tiles(),
+            tiles_at_once=self.work_plan.partition_tiles(),
         )
 
     def _check_partition(
@@ -301,6 +319,66 @@ class AutoencoderGPSToken(
                 f"{tuple(geometry.shape)}."
             )
         return regions.to(device), geometry.to(device, torch.float32)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        tokens: GPSTokens | Tensor,
+        *,
+        mode: str | None = None,
+        size: Size | None = None,
+        return_dict: bool = True,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Turns tokens into images.
+
+        Args:
+            tokens: the tokens, or a tensor (B, N, 5 + texture_channels) that stands for images of one tile.
+            mode: "merge" or "tile" for images of several tiles, see the class; None takes the configured one, or
+                "tile" after `enable_tiling()`.
+            size: (height, width) in pixels of the result, each at least 1, in any ratio; None is the pictures' own
+                size. See below.
+            return_dict: whether to return a `DecoderOutput` or a tuple.
+
+        Returns: `sample` (B, out_channels, height, width) around [-1, 1], not clamped.
+
+        Raises:
+            ValueError: an empty batch, another number of texture channels, a canvas that is not whole tiles, an unknown
+                mode, a size below 1, or a memory budget that is too small.
+            TypeError: a size that is not two ints.
+
+        Another size: Gaussians have no pixels, so they are splatted onto a feature map that is larger or smaller by
+        the same ratio, rounded to whole map pixels, and the same convolutions draw the picture. If that is not exactly
+        the size asked for, it is resampled (bicubic with antialiasing).
+
+        The convolutions were trained at one size, and draw fine texture differently at another. A picture decoded at
+        its own size and then resampled is closer to the resampled original: with gpstoken-mini by 2.5 dB at twice the
+        size and by 10 dB at half of it. Time and memory go with the pixels of the result (the attention of a "map"
+        decoder takes time with the square of a tile's), so a small picture is cheaper here.
+        """
+        config = self.config
+        if isinstance(tokens, Tensor):
+            tokens = GPSTokens.from_tensor(tokens, (config.sample_size, config.sample_size))
+        if tokens.batch_size == 0:
+            raise ValueError("There are no tokens of any image to decode: the batch is empty.")
+        if tokens.texture_channels != config.texture_channels:
+            raise ValueError(
+                f"This model's tokens have {config.texture_channels} texture channels, these have "
+                f"{tokens.texture_channels}. They come from another model."
+            )
+        mode = mode or ("tile" if self.use_tiling else config.decode_mode)
+        if mode not in ("merge", "tile"):
+            raise ValueError(f'mode must be "merge" or "tile", got {mode!r}.')
+        rows, cols = tokens.tile_grid
+        if tokens.canvas_size != (rows * config.sample_size, cols * config.sample_size):
+            raise ValueError(
+                f"A canvas of {rows} x {cols} tiles of this model has {rows * config.sample_size} x "
+                f"{cols * config.sample_size} pixels, the tokens have {tokens.canvas_size}."
+            )
+        size = tokens.image_size if size is None else checked_size(size)
+        scale = tuple(Fraction(wanted, own) for wanted, own in zip(size, tokens.image_size, strict=True))
+        canvas = self._lasting(self.decoder.draw(tokens, scale, mode, self.work_plan))
+        sample = cut_picture(canvas, tokens.canvas_size, scale, size)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
         self,

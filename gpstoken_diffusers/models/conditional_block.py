@@ -57,7 +57,7 @@ class ConditionalHead(nn.Module):
 class TimeEmbedding(nn.Sequential):
     """Embeds flow time in [0, 1], not scaled, by 256 sines and cosines and two linear layers.
 
-    Shapes: (B,) -> (B, hidden_size), in the dtype of the weights.
+    Shapes: (B,) and the dtype that the network computes in -> (B, hidden_size).
     """
 
     def __init__(self, hidden_size: int):
@@ -65,9 +65,9 @@ class TimeEmbedding(nn.Sequential):
             nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, timestep: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         waves = get_timestep_embedding(timestep, TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return super().forward(waves.to(self[0].weight.dtype))
+        return super().forward(waves.to(dtype))
 
 
 def fourier_features(values: Tensor, frequencies: int) -> Tensor:
@@ -86,7 +86,7 @@ class GaussianEmbedding(nn.Sequential):
             [`fourier_features`] of the centre and of log2(sigma) / 2: a network fed with bare coordinates is slow to
             tell apart neighbours at a hundredth of the image.
 
-    Shapes: (B, N, 5) float32 -> (B, N, hidden_size), in the dtype of the weights.
+    Shapes: (B, N, 5) float32 and the dtype that the network computes in -> (B, N, hidden_size).
     """
 
     def __init__(self, hidden_size: int, frequencies: int):
@@ -94,13 +94,13 @@ class GaussianEmbedding(nn.Sequential):
         super().__init__(nn.Linear(features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequencies = frequencies
 
-    def forward(self, geometry: Tensor) -> Tensor:
+    def forward(self, geometry: Tensor, dtype: torch.dtype) -> Tensor:
         features = geometry.float()
         if self.frequencies:
             with autocast_disabled(geometry):
                 where = torch.cat([features[..., SIGMA].log2() / 2, features[..., CENTER]], dim=-1)
                 features = torch.cat([features, fourier_features(where, self.frequencies)], dim=-1)
-        return super().forward(features.to(self[0].weight.dtype))
+        return super().forward(features.to(dtype))
 
 
 def initialise_generator(model: nn.Module) -> None:

@@ -41,6 +41,19 @@ def refuse_unknown_settings(owner: type, config: dict[str, Any], file: str | os.
         )
 
 
+def align_weights(model: torch.nn.Module) -> None:
+    """Copies weights that lie within a file to memory of their own, at addresses that are multiples of 64 bytes.
+
+    In a safetensors file they lie at any multiple of their size. At uneven addresses a CPU's matrix library sums in
+    another order, so a loaded model would differ in the last bit from the one that was saved. Copies also do not
+    change when the file does. Quantised weights and those on other devices stay as they are.
+    """
+    for weight in model.parameters():
+        if type(weight.data) is torch.Tensor and weight.device.type == "cpu" and weight.is_floating_point():
+            if weight.data_ptr() % 64:
+                weight.data = weight.data.clone()
+
+
 class FolderLoadingMixin:
     """Stands before `ModelMixin`: adds checks that diffusers leaves out, and clean configurations."""
 
@@ -72,6 +85,7 @@ class FolderLoadingMixin:
                 f"{pretrained_model_name_or_path} lacks {len(empty)} of the model's weights ({', '.join(empty[:10])}"
                 f"{', ...' if len(empty) > 10 else ''}). The folder is incomplete, or its config.json is another's."
             )
+        align_weights(loaded)
         return model
 
     def to_json_string(self) -> str:
@@ -136,7 +150,8 @@ class SingleFileLoadingMixin(FolderLoadingMixin):
             raise ValueError(f"The configuration does not fit {cls.__name__}: {error}.") from error
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         official_checkpoints.check_against_model(converted, expected, str(path))
-        converted = {name: tensor.to(dtype or torch.float32) for name, tensor in converted.items()}
+        # Always a copy, see `align_weights`.
+        converted = {name: tensor.to(dtype or torch.float32, copy=True) for name, tensor in converted.items()}
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         model.load_state_dict(converted, assign=True)
         for name, parameter in model.named_parameters():

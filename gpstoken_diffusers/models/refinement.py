@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import zip_longest
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..ops.roi_align import roi_align
@@ -49,15 +51,17 @@ class RegionCells(nn.Module):
         self.roi_size, self.patch_size = roi_size, patch_size
 
     def forward(self, features: Tensor, regions: Tensor) -> Tensor:
-        return roi_align(features, regions, self.roi_size, 1 / self.patch_size).flatten(0, 1).flatten(2)
+        cells = roi_align(features, regions, self.roi_size, 1 / self.patch_size)
+        return rearrange(cells, "b n channels y x -> (b n) channels (y x)")
 
 
 class PooledRegionReader(nn.Module):
     """One learned pooling of a region's cells for each transformer block, as the released checkpoints do.
 
-    They embed each cell by a 1x1 convolution to the transformer's width, then each block pools the cells with weights
-    of its own. Both steps are linear, so they commute: here the cells are pooled first, in the stem's channels, which
-    is the same function at less than half the arithmetic and a quarter of the memory.
+    The release embeds each cell x_c by a 1x1 convolution to the transformer's width, then block l pools the cells with
+    weights of its own: sum_c w_lc (W x_c + b) + b_l. Both steps are linear. Here the cells are pooled first, in the
+    stem's channels, and embedded as W (sum_c w_lc x_c) + b + (sum_c w_lc - 1) b + b_l: the same function at less than
+    half the arithmetic and a quarter of the memory.
 
     Shapes: cells (B N, channels, cells) -> (num_layers, B N, hidden_size).
     """
@@ -71,9 +75,13 @@ class PooledRegionReader(nn.Module):
         nn.init.uniform_(self.pool_weight, -bound, bound)
 
     def forward(self, cells: Tensor) -> Tensor:
-        pooled = torch.matmul(cells, self.pool_weight.T).permute(2, 0, 1)  # (layers, B N, channels)
-        bias = self.pool_weight.sum(1)[:, None] * self.proj.bias + self.pool_bias[:, None]  # (layers, hidden)
-        return torch.matmul(pooled, self.proj.weight.T) + bias[:, None].to(pooled.dtype)
+        # One more pooling gives zeros, and embedded the bias b. The layer is called, once, and never read: its weights
+        # may be quantised, offloaded, or have an adapter.
+        pool_weight = F.pad(self.pool_weight, (0, 0, 0, 1)).to(cells.dtype)
+        pooled = rearrange(torch.matmul(cells, pool_weight.T), "regions channels layers -> layers regions channels")
+        *embedded, bias = self.proj(pooled).split((len(self.pool_weight), 1))
+        excess = (self.pool_weight.sum(1) - 1).to(bias.dtype)[:, None, None]
+        return embedded[0] + (excess * bias[:, :1] + self.pool_bias.to(bias.dtype)[:, None, None])
 
 
 class FlatRegionReader(nn.Module):
@@ -92,6 +100,14 @@ class FlatRegionReader(nn.Module):
         return self.proj(cells.flatten(1))[None]
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer in float32 whatever the dtype of its weights and input; (..., in) -> (..., out) float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast_disabled(x):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class GaussianRefiner(nn.Module):
     """Refines the initial Gaussians of a partition and gives each its texture (section "Refinement" of the paper).
 
@@ -106,9 +122,8 @@ class GaussianRefiner(nn.Module):
     Shapes: features (B, in_channels, h, w), initial geometry (B, N, 5) float32, regions (B, N, 4) as inclusive pixel
     indices x0, y0, x1, y1 -> geometry (B, N, 5) float32, texture (B, N, texture_channels).
 
-    The residuals live in logit space: sigma = sigmoid(logit(sigma_0) + r); rho, x and y: v = 2 sigmoid(logit((1 +
-    v_0) / 2) + r) - 1. Geometry head and residuals are evaluated in float32 whatever the model's dtype: bfloat16 has 8
-    bits, so a centre would be off by up to a pixel of a 256-pixel image.
+    The geometry head gives residuals in logit space ([`add_in_logit_space`]). Both are float32 whatever the model's
+    dtype: bfloat16 has 8 bits, so a centre would be off by up to a pixel of a 256-pixel image.
     """
 
     def __init__(
@@ -133,7 +148,7 @@ class GaussianRefiner(nn.Module):
         self.token_embedding = nn.Parameter(torch.randn(1, hidden_size) * 0.02)
         self.geometry_embedding = FeedForward(GEOMETRY_CHANNELS, hidden_size, hidden_size)
         self.blocks = nn.ModuleList(RefinementBlock(hidden_size, num_attention_heads) for _ in range(num_layers))
-        self.geometry_head = nn.Linear(hidden_size, GEOMETRY_CHANNELS)
+        self.geometry_head = Float32Linear(hidden_size, GEOMETRY_CHANNELS)
         self.texture_head = nn.Linear(hidden_size, texture_channels)
         nn.init.zeros_(self.geometry_head.weight)
         nn.init.zeros_(self.geometry_head.bias)
@@ -142,22 +157,21 @@ class GaussianRefiner(nn.Module):
     def forward(self, features: Tensor, initial_geometry: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         region_features = self.region_reader(self.region_cells(features, regions))
         region_features = region_features.unflatten(1, regions.shape[:2])
-        dtype = self.token_embedding.dtype
-        hidden_states = self.token_embedding + self.geometry_embedding(initial_geometry.to(dtype))
+        hidden_states = self.token_embedding + self.geometry_embedding(initial_geometry.to(features.dtype))
         for block, read in zip_longest(self.blocks, region_features):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, read)
             else:
                 hidden_states = block(hidden_states, read)
         texture = self.texture_head(hidden_states)
-        with autocast_disabled(hidden_states):
-            head = self.geometry_head
-            residual = nn.functional.linear(hidden_states.float(), head.weight.float(), head.bias.float())
-            return apply_geometry_residual(initial_geometry.float(), residual), texture
+        residual = self.geometry_head(hidden_states).float()  # float32 already, unless quantised
+        return add_in_logit_space(initial_geometry.float(), residual), texture
 
 
-def apply_geometry_residual(initial_geometry: Tensor, residual: Tensor) -> Tensor:
-    """Adds a residual to Gaussians in logit space; the result is a valid geometry whatever the residual.
+def add_in_logit_space(initial_geometry: Tensor, residual: Tensor) -> Tensor:
+    """Moves Gaussians by a residual in logit space; the result is a valid geometry whatever the residual.
+
+    sigma = sigmoid(logit(sigma_0) + r); rho, x and y: v = 2 sigmoid(logit((1 + v_0) / 2) + r) - 1.
 
     Args:
         initial_geometry: (..., 5) float32, sigma in (0, 1), rho, x, y in [-1, 1].

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .group_norm import GroupNorm
-
-GROUPS = 32
-GROUP_NORM_EPS = 1e-6
+from .norms import GroupNorm
 
 
 class StemBlock(nn.Module):
@@ -16,9 +13,9 @@ class StemBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm1 = GroupNorm(GROUPS, channels, eps=GROUP_NORM_EPS)
+        self.norm1 = GroupNorm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = GroupNorm(GROUPS, channels, eps=GROUP_NORM_EPS)
+        self.norm2 = GroupNorm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

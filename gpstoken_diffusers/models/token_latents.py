@@ -13,7 +13,7 @@ MAX_ABS_CORRELATION = 0.99999
 
 
 def geometry_residual(initial_geometry: Tensor, geometry: Tensor, kind: str) -> Tensor:
-    """By what a Gaussian differs from the one it started as; undone by [`apply_geometry_residual`].
+    """By what a Gaussian differs from the one it started as; undone by [`geometry_from_residual`].
 
     Args:
         initial_geometry, geometry: (..., 5) float32.
@@ -38,8 +38,8 @@ def geometry_residual(initial_geometry: Tensor, geometry: Tensor, kind: str) -> 
     )
 
 
-def apply_geometry_residual(initial_geometry: Tensor, residual: Tensor, kind: str) -> Tensor:
-    """Adds a residual of [`geometry_residual`]; sigma and rho are clamped as the released code does.
+def geometry_from_residual(initial_geometry: Tensor, residual: Tensor, kind: str) -> Tensor:
+    """Undoes [`geometry_residual`]; sigma and rho are clamped as the released code does.
 
     Returns: (..., 5) float32, sigma in [1e-5, 1 - 1e-5], |rho| <= 0.99999.
     """
@@ -101,4 +101,4 @@ class TokenLatentsMixin(StandardisedLatentsMixin):
         values = latents.float() * std + mean
         residual, texture = values[..., :GEOMETRY_CHANNELS], values[..., GEOMETRY_CHANNELS:]
         kind = self.config.geometry_residual
-        return apply_geometry_residual(initial_geometry.float(), residual, kind), texture
+        return geometry_from_residual(initial_geometry.float(), residual, kind), texture

@@ -126,6 +126,9 @@ class GPSTokenTransformerModel(
                 f"hidden_states must have the shape (B, N, {channels}): five geometry channels and this model's "
                 f"{self.config.texture_channels} texture channels; got {tuple(hidden_states.shape)}."
             )
+        # Class embeddings are in the dtype that the network computes in; its linear layers may be stored in another.
+        condition = self.class_embedding(class_labels)
+        dtype = condition.dtype
         if layout is None:
             if not self.config.position_table:
                 raise ValueError("This model needs a layout: (B, N, 5) initial Gaussians, one for each token.")
@@ -140,10 +143,9 @@ class GPSTokenTransformerModel(
                 f"got {tuple(layout.shape)}."
             )
         else:
-            where = self.layout_embedding(layout)
-        tokens = self.token_embedding(hidden_states.to(self.token_embedding.weight.dtype)) + where
-        condition = self.time_embedding(timestep) + self.class_embedding(class_labels)
-        condition = nn.functional.silu(condition)
+            where = self.layout_embedding(layout, dtype)
+        tokens = self.token_embedding(hidden_states.to(dtype)) + where
+        condition = nn.functional.silu(self.time_embedding(timestep, dtype) + condition)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, tokens, condition)

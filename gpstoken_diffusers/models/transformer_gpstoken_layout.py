@@ -99,10 +99,12 @@ class GPSTokenLayoutModel(
         features = [latents, fourier_features(latents / 4, self.config.coordinate_frequencies)]
         count = hidden_states.shape[1]
         place = (torch.arange(count, device=latents.device) * 2 + 1) / count - 1
-        dtype = self.token_embedding.weight.dtype
+        # Class embeddings are in the dtype that the network computes in; its linear layers may be stored in another.
+        condition = self.class_embedding(class_labels)
+        dtype = condition.dtype
         tokens = self.token_embedding(torch.cat(features, dim=-1).to(dtype))
         tokens = tokens + self.place_embedding(fourier_features(place[:, None], PLACE_FREQUENCIES).to(dtype))
-        condition = nn.functional.silu(self.time_embedding(timestep) + self.class_embedding(class_labels))
+        condition = nn.functional.silu(self.time_embedding(timestep, dtype) + condition)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, tokens, condition)

@@ -1,4 +1,4 @@
-"""Windows of a feature map: how a large map is divided, and geometry as one window of it sees it."""
+"""Feature maps and windows of them: how a map is divided, and geometry in the coordinates of either."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from ..tokens import CENTER, RHO, SIGMA
 
 Size = tuple[int, int]  # height, width
+Grid = tuple[int, int]  # rows, columns of tiles
 
-# Rounding of a token's place and reach, as a share of the window's half: a token that just misses a window may be
-# kept, and paints nothing; one that just touches it must not be lost.
+# Room for rounding of a token's place and reach, as a share of the window's half. A token that just misses a window
+# may be kept, because it paints nothing; a token that just touches it must not be lost.
 REACH_MARGIN = 1e-4
 
 
 class Window(NamedTuple):
-    """A rectangle of map pixels; `bottom` and `right` are no longer part of it."""
+    """A rectangle of map pixels, `bottom` and `right` excluded."""
 
     top: int
     left: int
@@ -31,16 +32,33 @@ class Window(NamedTuple):
 
 
 class WindowWithHalo(NamedTuple):
-    """A window, and the larger one that has to be painted so that convolutions give the first."""
+    """A window, and the larger one that must be painted so that convolutions give the first."""
 
     inner: Window
     painted: Window
 
 
+def windows_of_tiles(tile_grid: Grid, tile_size: Size, side: int, halo: int) -> Iterator[WindowWithHalo]:
+    """Windows of `side` x `side` tiles, row by row, each painted with `halo` tiles around it; fewer at the edges.
+
+    tile_size: (height, width) of a tile in map pixels.
+    """
+    (rows, cols), (height, width) = tile_grid, tile_size
+    for top in range(0, rows, side):
+        for left in range(0, cols, side):
+            bottom, right = min(top + side, rows), min(left + side, cols)
+            painted_top, painted_left = max(top - halo, 0), max(left - halo, 0)
+            painted_bottom, painted_right = min(bottom + halo, rows), min(right + halo, cols)
+            yield WindowWithHalo(
+                Window(top * height, left * width, bottom * height, right * width),
+                Window(painted_top * height, painted_left * width, painted_bottom * height, painted_right * width),
+            )
+
+
 def cells_along(length: int, longest: int, cell: int) -> list[tuple[int, int, int, int]]:
     """Divides an axis so that every painted stretch begins and ends on a multiple of `cell`, or at the axis's end.
 
-    Half a cell at either side of a stretch is halo: what is taken from it ends in the middle of a cell. The stretches
+    Half a cell at either side of a stretch is halo: what is kept of it ends in the middle of a cell. The stretches
     are about equally long.
 
     Args:
@@ -80,17 +98,41 @@ def windows_on_cells(map_size: Size, longest: int, cell: int) -> Iterator[list[W
         ]
 
 
+def map_geometry(geometry: Tensor, image_size: Size, map_size: Size) -> Tensor:
+    """Carries image coordinates over to those of a coarser map whose pixels cover whole blocks of image pixels.
+
+    [-1, 1] runs between the centres of the first and last *sample*, so it means different places for an image and for
+    its map: image pixel p lies at map position (p + 1/2) / f - 1/2, f pixels to a map pixel.
+
+    The map may also be finer than the image, or the image itself a map: only the ratio of the sizes counts.
+
+    Args and returns: geometry (..., 5) float32; sizes as (height, width).
+    """
+    scale, shift = [], []
+    for image, samples in zip(reversed(image_size), reversed(map_size), strict=True):  # x, then y
+        factor = image / samples
+        # x_map = 2 m / (samples - 1) - 1 with m = ((x + 1) / 2 (image - 1) + 1/2) / factor - 1/2; a single sample
+        # lies at 0, and is taken to be 2 wide.
+        span = max(samples - 1, 1)
+        scale.append((image - 1) / factor / span)
+        shift.append(((image - 1) / factor + 1 / factor - 1) / span - (1 if samples > 1 else 0))
+    scale_xy, shift_xy = geometry.new_tensor(scale), geometry.new_tensor(shift)
+    sigma = geometry[..., SIGMA] * scale_xy
+    center = geometry[..., CENTER] * scale_xy + shift_xy
+    return torch.cat([sigma, geometry[..., RHO : RHO + 1], center], dim=-1)
+
+
 def window_geometry(geometry: Tensor, map_size: Size, window: Window) -> Tensor:
     """Carries coordinates of a map over to those of a window of it, whose own first and last pixels are at -1 and 1.
 
     Args:
-        geometry: (..., 5) float32 in coordinates of the map. An axis of one sample has it at 0, and is 2 wide.
+        geometry: (..., 5) float32 in coordinates of the map. The single sample of an axis lies at 0, and is 2 wide.
         map_size: (height, width) of the map.
         window: may reach beyond the map.
 
-    Returns: (..., 5) float32. A centre is subtracted before anything is multiplied, so that what is lost is the
-    rounding of the window's own centre: 2^-25 of the map's half, 3e-5 pixels of a map of 2048. That is as much as the
-    pixel centres of the whole map are rounded by.
+    Returns: (..., 5) float32. The window's centre is subtracted before anything is multiplied, so what is lost is the
+    rounding of that centre alone: 2^-25 of the map's half, 3e-5 pixels of a map of 2048. The pixel centres of the whole
+    map are rounded by as much.
     """
     scale, middle = [], []
     starts = (window.left, window.top)
@@ -111,7 +153,7 @@ def touches(geometry: Tensor, sigmas: float, pixels: float, size: Size) -> Tenso
 
     Args:
         geometry: (..., 5) in coordinates of the window.
-        sigmas, pixels: half of a token's box is `sigmas` of its own and so many of the window's pixels.
+        sigmas, pixels: half of a token's box is `sigmas` of its own and this many of the window's pixels.
         size: (height, width) of the window.
 
     Returns: (...) bool; False for tokens that are not finite, which paint nothing.

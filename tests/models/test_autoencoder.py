@@ -72,7 +72,7 @@ def test_large_merged_pictures_are_decoded_in_windows():
     """More tiles than a window holds: each window sees its neighbours, so that only distant statistics differ."""
     model = tiny_model("map", decode_mode="merge")
     tokens = model.encode(noise_images(1, 32 * 7, 64)).tokens
-    whole = model.decoder(model.render(tokens), tokens.tile_grid)
+    whole = model.decoder(model.decoder.paint(tokens.geometry, tokens.texture, tokens.tile_grid), tokens.tile_grid)
     windows = model.decode(tokens).sample
     assert windows.shape == whole.shape
     error = (windows - whole).abs()
@@ -86,7 +86,7 @@ def test_lattice_windows_are_exact():
     """A lattice decoder is local: decoding windows gives the picture that one pass gives."""
     model = tiny_model("lattice")
     tokens = model.encode(noise_images(2, 96, 100)).tokens
-    whole = model.decoder(tokens.geometry, tokens.texture, (24, 32))[..., :96, :100]
+    whole = model.decoder(model.decoder.paint(tokens.geometry, tokens.texture, (24, 32)))[..., :96, :100]
     # 3 x 4 tiles are more than are decoded at once. Convolutions of other sizes may sum in another order.
     torch.testing.assert_close(model.decode(tokens).sample, whole, rtol=1e-4, atol=1e-4)
 
@@ -174,10 +174,8 @@ def test_networks_compile_without_graph_breaks(kind):
 
     def decode(geometry, texture):
         if kind == "lattice":
-            return model.decoder(geometry, texture, (8, 8))
-        from gpstoken_diffusers.ops.splat import splat_gaussians
-
-        return model.decoder(splat_gaussians(geometry, texture, 16, 16, 3.0))
+            return model.decoder(model.decoder.paint(geometry, texture, (8, 8)))
+        return model.decoder(model.decoder.paint(geometry, texture))
 
     # "eager" traces everything that a code generator would get, without waiting for one.
     torch.compiler.reset()

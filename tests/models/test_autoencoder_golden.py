@@ -18,7 +18,7 @@ from model_zoo import (
 from safetensors.torch import save_file
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
-from gpstoken_diffusers.models.group_norm import tile_group_norm
+from gpstoken_diffusers.models.norms import tile_group_norm
 
 # The reference states 1e-4 for the small models and measured up to 8e-5 end to end: sums of some hundred products of
 # float32 in another order, through some twenty layers.
@@ -43,7 +43,7 @@ def test_small_model_agrees_at_every_stage():
     assert torch.equal(reference["init_gpscodes"], kept[1])
     assert torch.equal(regions, kept[2])
     given = GPSTokens.from_tensor(reference["tokens"], (256, 256))
-    close(model.render(given), reference["rendered"], SMALL)
+    close(model.decoder.paint(given.geometry, given.texture), reference["rendered"], SMALL)
     close(model.decoder(reference["rendered"]), reference["decoded"], SMALL)
     close(model.decode(given).sample, reference["decoded"], SMALL)
     close(model(images, reference["init_gpscodes"], regions).sample, reference["decoded"], SMALL)
@@ -103,7 +103,7 @@ def test_full_size_models_from_an_official_file(preset, tmp_path, caplog):
     # Tolerances of the reference, from its distance to a double-precision run (2e-6, 1e-4, 9e-4 on the map).
     close(output.tokens.geometry, reference["tokens"][..., :5], 5e-6)
     close(output.tokens.texture, reference["tokens"][..., 5:], 2e-4)
-    close(model.render(output.tokens), reference["rendered"], 2e-3)
+    close(model.decoder.paint(output.tokens.geometry, output.tokens.texture), reference["rendered"], 2e-3)
     close(model.decoder(reference["rendered"]), reference["decoded"], 5e-5)
     close(model.decode(output.tokens).sample, reference["decoded"], 2e-3)
 

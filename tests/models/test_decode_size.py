@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,10 @@ from torch import Tensor
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokens
 from gpstoken_diffusers.assets import DEMO_PHOTOGRAPH, MINI
 from gpstoken_diffusers.evaluation.metrics import psnr
-from gpstoken_diffusers.models import decoding
 from gpstoken_diffusers.models import work_plan as memory
-from gpstoken_diffusers.models.lattice_decoder import BACKGROUND_WEIGHT, map_geometry
+from gpstoken_diffusers.models.canvas import cut_picture
+from gpstoken_diffusers.models.lattice_painter import BACKGROUND_WEIGHT
+from gpstoken_diffusers.models.windows import map_geometry
 
 KINDS = (("map", "tile"), ("map", "merge"), ("lattice", "merge"))
 
@@ -84,7 +87,9 @@ def test_gaussians_keep_their_places_and_extents(scale, place):
     # A tile's map has 16 map pixels to 32; two rows and two columns.
     tokens = GPSTokens(spots((64, 64), [place] * 4, 2.0), torch.ones(1, 4, 4), (64, 64), (2, 2))
     tile_size = tuple(round(16 * ratio) for ratio in scale)
-    own, scaled = model.render(tokens)[0, 0], model.render(tokens, tile_size)[0, 0]
+    own, scaled = (
+        model.decoder.paint(tokens.geometry, tokens.texture, tokens.tile_grid, size)[0, 0] for size in (None, tile_size)
+    )
     assert scaled.shape == (2 * tile_size[0], 2 * tile_size[1])
     # 2e-3: a fifteenth of a map pixel (1 / 32 of the side); the support's box cuts the spots a little unevenly.
     torch.testing.assert_close(centroid(scaled), centroid(own), rtol=0, atol=2e-3)
@@ -119,14 +124,14 @@ def test_the_canvas_is_cut_and_resampled_in_place():
     """A ramp is resampled to a ramp: each pixel's value says where it lies, for padded pictures too."""
     height, width = 24, 40  # of a canvas as decoded, standing for 32 x 64 px, of which 20 x 50 are the picture
     ramp = (torch.arange(width) + 0.5).expand(1, 1, height, width) / width * 64
-    scale = decoding.Fraction(31, 20), decoding.Fraction(33, 50)
-    sample = decoding._fit(ramp, (32, 64), scale, (31, 33))
+    scale = Fraction(31, 20), Fraction(33, 50)
+    sample = cut_picture(ramp, (32, 64), scale, (31, 33))
     assert sample.shape == (1, 1, 31, 33)
     expected = (torch.arange(33) + 0.5) / 33 * 50
     # Bicubic interpolation is exact on a ramp away from the left edge, which it repeats; float32 rounding.
     torch.testing.assert_close(sample[0, 0, 10, 3:], expected[3:], rtol=1e-4, atol=1e-4)
     # Nothing to resample: the very numbers.
-    doubled = decoding._fit(ramp, (12, 20), (decoding.Fraction(2), decoding.Fraction(2)), (24, 39))
+    doubled = cut_picture(ramp, (12, 20), (Fraction(2), Fraction(2)), (24, 39))
     assert torch.equal(doubled, ramp[..., :39])
 
 
@@ -148,8 +153,8 @@ def test_local_windows_are_exact_at_any_size(monkeypatch, size):
     model = tiny_model("lattice")
     tokens = tiny_tokens(model, 32, 30, batch_size=2)
     windows = []
-    render = model.decoder.render
-    monkeypatch.setattr(model.decoder, "render", lambda given: windows.append(given.shape[-2:]) or render(given))
+    render = model.decoder.forward
+    monkeypatch.setattr(model.decoder, "forward", lambda given: windows.append(given.shape[-2:]) or render(given))
     sample = model.decode(tokens, size=size).sample
     assert len(windows) > 1
     # Two tiles of 8 map pixels and what the convolutions look at on both sides.

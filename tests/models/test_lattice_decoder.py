@@ -7,12 +7,8 @@ import torch
 from model_zoo import tiny_model
 
 from gpstoken_diffusers import GPSTokens
-from gpstoken_diffusers.models.lattice_decoder import (
-    ANTIALIAS_PX,
-    REACH_SIGMAS,
-    map_geometry,
-    unfold_lattice,
-)
+from gpstoken_diffusers.models.lattice_painter import ANTIALIAS_PX, REACH_SIGMAS, unfold_lattice
+from gpstoken_diffusers.models.windows import map_geometry
 
 
 def covariance(geometry: torch.Tensor) -> torch.Tensor:
@@ -79,7 +75,7 @@ def test_receptive_field_is_as_stated():
     feature_map = torch.randn(1, 9, 64, 64)
     disturbed = feature_map.clone()
     disturbed[..., 32, 32] += 1.0
-    changed = (decoder.render(feature_map) != decoder.render(disturbed)).any(dim=(0, 1))
+    changed = (decoder(feature_map) != decoder(disturbed)).any(dim=(0, 1))
     rows = changed.any(1).nonzero().flatten() // decoder.upscale
     reach = max(32 - int(rows.min()), int(rows.max()) - 32)
     assert 1 < reach <= decoder.receptive_px

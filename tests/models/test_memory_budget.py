@@ -7,7 +7,7 @@ import torch
 from model_zoo import noise_images, tiny_model
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
-from gpstoken_diffusers.models import decoding
+from gpstoken_diffusers.models import lattice_painter
 from gpstoken_diffusers.models import work_plan as memory
 from gpstoken_diffusers.models.work_plan import parse_memory
 
@@ -116,7 +116,7 @@ def test_tokens_do_not_depend_on_the_budget(kind, monkeypatch):
     monkeypatch.setattr(model.stem, "forward", lambda tiles: batches.append(len(tiles)) or forward(tiles))
     for tiles, sizes in ((1, [1] * 18), (10, [10, 8]), (1000, [18])):
         batches.clear()
-        model.set_memory_budget(max(model._encoding_bytes(tiles, 6), least_budget_before(model)))
+        model.set_memory_budget(max(model.work_plan.encoding_bytes(tiles, 6), least_budget_before(model)))
         if tiles == 1:
             model.enable_slicing()
         found = model.encode(images)
@@ -151,8 +151,8 @@ def test_lattice_pictures_do_not_depend_on_the_budget(image, size, monkeypatch):
     model = tiny_model("lattice", sample_size=128, map_size=32)
     tokens = model.encode(noise_images(2, *image)).tokens
     expected = model.decode(tokens, size=size).sample
-    windows, render = [], model.decoder.render
-    monkeypatch.setattr(model.decoder, "render", lambda given: windows.append(given.shape[-2:]) or render(given))
+    windows, render = [], model.decoder.forward
+    monkeypatch.setattr(model.decoder, "forward", lambda given: windows.append(given.shape[-2:]) or render(given))
     counts, least = [], least_budget(model)
     beside = least - memory.FIXED_BYTES
     for budget in (least + beside // 4, least + 3 * beside, 10**12):
@@ -172,9 +172,10 @@ def test_tokens_are_looked_through_some_at_a_time(monkeypatch):
     model = tiny_model("lattice")
     tokens = model.encode(noise_images(1, 120, 150)).tokens
     expected = model.decode(tokens).sample
-    asked, reaches = [], model.decoder.reaches
-    monkeypatch.setattr(model.decoder, "reaches", lambda g, *rest: asked.append(len(g)) or reaches(g, *rest))
-    monkeypatch.setattr(decoding, "TOKENS_AT_ONCE", 50)
+    painter, asked = model.decoder.unfold_texture, []
+    reaches = painter.reaches
+    monkeypatch.setattr(painter, "reaches", lambda g, *rest: asked.append(len(g)) or reaches(g, *rest))
+    monkeypatch.setattr(lattice_painter, "TOKENS_AT_ONCE", 50)
     assert torch.equal(model.decode(tokens).sample, expected)
     assert tokens.num_tokens == 120 and asked[:3] == [50, 50, 20]
 
@@ -188,7 +189,7 @@ def test_tiles_are_decoded_as_many_at_once_as_there_is_room_for(monkeypatch):
     monkeypatch.setattr(model.decoder, "forward", lambda x: batches.append(len(x)) or forward(x))
     for tiles, sizes in ((5, [5, 5, 2]), (1000, [12])):
         batches.clear()
-        model.set_memory_budget(model._map_bytes(tiles, (16, 16)))
+        model.set_memory_budget(model.work_plan.map_bytes(tiles, (16, 16)))
         torch.testing.assert_close(model.decode(tokens).sample, expected, rtol=1e-5, atol=1e-5)
         assert batches == sizes
 
@@ -199,7 +200,7 @@ def test_merged_windows_are_smaller_where_there_is_no_room_for_the_usual_ones(mo
     model = tiny_model("map", decode_mode="merge")
     tokens = model.encode(noise_images(2, 32 * 7, 64)).tokens
     expected = model.decode(tokens).sample
-    whole = model.decoder(model.render(tokens), tokens.tile_grid)
+    whole = model.decoder(model.decoder.paint(tokens.geometry, tokens.texture, tokens.tile_grid), tokens.tile_grid)
     grids, forward = [], model.decoder.forward
     monkeypatch.setattr(model.decoder, "forward", lambda x, grid: grids.append(grid) or forward(x, grid))
     model.set_memory_budget("1TB")
@@ -207,14 +208,14 @@ def test_merged_windows_are_smaller_where_there_is_no_room_for_the_usual_ones(mo
     assert grids == [(5, 2), (4, 2)] * 2
     for side, sizes in ((2, [(3, 2), (4, 2), (4, 2), (2, 2)]), (1, [(2, 2)] * 2 + [(3, 2)] * 10 + [(2, 2)] * 2)):
         grids.clear()
-        model.set_memory_budget(model._map_bytes((side + 2) * 2, (16, 16)))
+        model.set_memory_budget(model.work_plan.map_bytes((side + 2) * 2, (16, 16)))
         sample = model.decode(tokens).sample
         assert grids == sizes * 2
         # The last normalisation is over the window, as in the test of the usual windows.
         assert (sample - whole).abs().mean() < 0.4 * whole.std()
     # Six rows or fewer are one pass, where a budget has room for it; then one picture comes after the other.
     short = GPSTokens(tokens.geometry[:, :24], tokens.texture[:, :24], (64, 64), (2, 2))
-    model.set_memory_budget(model._map_bytes(4, (16, 16)))
+    model.set_memory_budget(model.work_plan.map_bytes(4, (16, 16)))
     grids.clear()
     model.decode(short)
     assert grids == [(2, 2)] * 2

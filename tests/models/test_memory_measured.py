@@ -119,7 +119,7 @@ with torch.inference_mode():
     for size in (256, 512):
         decode = lambda: model.decode(tokens, size=(size, size))
         decode()
-        result[size] = [peak_memory_mb(decode, cpu), model._map_bytes(1, (size // 4, size // 4)) / 2**20]
+        result[size] = [peak_memory_mb(decode, cpu), model.work_plan.map_bytes(1, (size // 4, size // 4)) / 2**20]
 """)
     for used, estimate in result.values():
         assert 0.5 * estimate <= used <= estimate, result
@@ -135,7 +135,7 @@ geometry = torch.rand(5000, 5, generator=generator) * 2 - 1
 geometry[:, :3] = torch.tensor([0.01, 0.01, 0.0])
 texture = torch.randn(5000, 32, generator=generator).bfloat16()
 def paint(count):
-    decoder.paint_window(geometry[:count], texture[:count], (256, 256), Window(0, 0, 64, 64))
+    decoder.unfold_texture.paint_window(geometry[:count], texture[:count], (256, 256), Window(0, 0, 64, 64))
 with torch.inference_mode():
     for count in (3000, 4000, 5000):
         paint(count)

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpstoken_diffusers import partition_image
 from gpstoken_diffusers.benchmark.roofline import pairs_in_boxes
-from gpstoken_diffusers.models.lattice_decoder import LatticeDecoder, map_geometry
+from gpstoken_diffusers.models.lattice_painter import LatticePainter
+from gpstoken_diffusers.models.windows import map_geometry
 
 
 def operations(function, *args) -> int:
@@ -57,7 +58,7 @@ def test_work_per_pixel_does_not_grow_with_the_picture(kind):
         decoder = model.decoder
         side = 2 * model.config.map_size
         bound = (1 + 2 * decoder.receptive_px / side) ** 2
-        plain = operations(decoder.render, torch.zeros(1, 9, 64, 64)) / (64 * decoder.upscale) ** 2
+        plain = operations(decoder, torch.zeros(1, 9, 64, 64)) / (64 * decoder.upscale) ** 2
         assert all(plain <= value <= 1.1 * bound * plain for value in decode)
 
 
@@ -68,13 +69,13 @@ def test_painting_does_not_grow_with_windows_times_tokens(monkeypatch):
     window painted all tokens, each step from size to size would make it four times as much.
     """
     model, painted = tiny_model("lattice"), []
-    splat = LatticeDecoder._splat
+    splat = LatticePainter._splat
 
     def counted(self, geometry: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
         painted.append(geometry.shape[0] * geometry.shape[1])
         return splat(self, geometry, features, size)
 
-    monkeypatch.setattr(LatticeDecoder, "_splat", counted)
+    monkeypatch.setattr(LatticePainter, "_splat", counted)
     shares = []
     for side in (192, 384, 768):
         with torch.no_grad():
@@ -95,7 +96,10 @@ def test_attention_is_the_only_part_that_grows_with_the_square_of_the_tokens():
         with AttentionOperations() as own, FlopCounterMode(display=False) as counter, torch.no_grad():
             refined, texture = model.refiner(model.stem(images), geometry, regions)
         attention.append(own.operations)
-        total = counter.get_total_flops() + operations(model.decoder, refined, texture, (16, 16), (64, 64))
+        with torch.no_grad():
+            painted = model.decoder.paint(refined, texture, (16, 16), (64, 64))
+        painting = operations(model.decoder.paint, refined, texture, (16, 16), (64, 64))
+        total = counter.get_total_flops() + painting + operations(model.decoder, painted)
         # Whether the counter knows an attention kernel depends on PyTorch's version: what it knows is taken off.
         known = counter.get_flop_counts()["Global"].items()
         rest.append(total - sum(number for operator, number in known if "attention" in str(operator)))

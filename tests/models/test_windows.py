@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from model_zoo import tiny_model
 from torch import Tensor
 
-from gpstoken_diffusers.models.lattice_decoder import map_geometry
-from gpstoken_diffusers.models.windows import Window, cells_along, touches, window_geometry, windows_on_cells
+from gpstoken_diffusers.models.windows import (
+    Window,
+    cells_along,
+    map_geometry,
+    touches,
+    window_geometry,
+    windows_on_cells,
+)
 from gpstoken_diffusers.ops.splat import splat_gaussians
 
 
@@ -108,12 +114,12 @@ def test_a_map_pixel_does_not_depend_on_its_window():
     """Bit for bit: what makes pictures independent of the memory budget."""
     decoder, map_size = tiny_model("lattice").decoder, (100, 83)
     geometry, texture = lattice_scene(map_size, 300)
-    whole = decoder.paint_window(geometry, texture, map_size, Window(0, 0, *map_size))
+    whole = decoder.unfold_texture.paint_window(geometry, texture, map_size, Window(0, 0, *map_size))
     assert whole.shape == (1, 9, *map_size)
     for longest in (2 * decoder.cell_px, 3 * decoder.cell_px, 1000):
         for row in windows_on_cells(map_size, longest, decoder.cell_px):
             for _, window in row:
-                painted = decoder.paint_window(geometry, texture, map_size, window)
+                painted = decoder.unfold_texture.paint_window(geometry, texture, map_size, window)
                 assert torch.equal(painted, whole[..., window.top : window.bottom, window.left : window.right])
 
 
@@ -129,7 +135,7 @@ def test_cells_paint_what_one_pass_paints(map_size):
     canvas = tuple(side * decoder.upscale for side in map_size)
     expected = decoder.paint(geometry[None], texture[None], map_size, canvas)
     moved = map_geometry(geometry, canvas, map_size)
-    painted = decoder.paint_window(moved, texture, map_size, Window(0, 0, *map_size))
+    painted = decoder.unfold_texture.paint_window(moved, texture, map_size, Window(0, 0, *map_size))
     torch.testing.assert_close(painted, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -137,9 +143,10 @@ def test_cells_paint_what_one_pass_paints(map_size):
 def test_a_window_without_tokens_is_background():
     decoder = tiny_model("lattice").decoder
     window = Window(0, 0, decoder.cell_px, 2 * decoder.cell_px)
-    empty = decoder.paint_window(torch.zeros(0, 5), torch.zeros(0, 4), (100, 100), window)
-    far = decoder.paint_window(torch.tensor([[0.01, 0.01, 0.0, 0.9, 0.9]]), torch.ones(1, 4), (100, 100), window)
-    for painted in (empty, far):
+    empty = torch.zeros(0, 5), torch.zeros(0, 4)
+    far = torch.tensor([[0.01, 0.01, 0.0, 0.9, 0.9]]), torch.ones(1, 4)
+    for geometry, texture in (empty, far):
+        painted = decoder.unfold_texture.paint_window(geometry, texture, (100, 100), window)
         assert painted.shape == (1, 9, decoder.cell_px, 2 * decoder.cell_px)
         assert not painted[:, :-1].any()
         torch.testing.assert_close(painted[:, -1], torch.full_like(painted[:, -1], 0.1).log())
@@ -153,7 +160,7 @@ def test_gradients_go_through_cells():
     wanted = torch.autograd.grad(
         (decoder.paint(geometry[None], texture[None], map_size, canvas)[0] * weights).sum(), (geometry, texture)
     )
-    painted = decoder.paint_window(
+    painted = decoder.unfold_texture.paint_window(
         map_geometry(geometry, canvas, map_size), texture, map_size, Window(0, 0, *map_size)
     )
     found = torch.autograd.grad((painted[0] * weights).sum(), (geometry, texture))

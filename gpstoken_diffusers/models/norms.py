@@ -1,4 +1,4 @@
-"""Group normalisation, and one with statistics per tile for decoding without seams."""
+"""The normalisations of maps: over groups of channels, per tile for decoding without seams, and per pixel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.group_norm import group_norm, group_statistics, tile_norm
+from ..ops.pixel_norm import pixel_norm
+
+# Of every group norm in the released checkpoints.
+GROUPS = 32
+GROUP_NORM_EPS = 1e-6
 
 # The lowest value that the enlarged standard deviation may take, as a share of the smallest one among an image's
 # tiles. See `tile_group_norm`.
@@ -14,6 +19,9 @@ STD_FLOOR = 0.5
 
 class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` by our operator, with SiLU behind it if asked for; (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUPS, channels, eps=GROUP_NORM_EPS)
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu=silu)
@@ -31,13 +39,13 @@ def tile_group_norm(
 ) -> Tensor:
     """Group normalisation whose mean and deviation vary smoothly from tile to tile.
 
-    Mean and biased standard deviation are taken per tile and group, both small maps are enlarged bicubically to the
+    Mean and biased standard deviation are taken per tile and group. Both small maps are enlarged bicubically to the
     size of `x`, and y = (x - mean) / (std + eps) * weight + bias. With one tile this is a group normalisation that
-    divides by `std + eps` rather than by `sqrt(var + eps)`.
+    divides by `std + eps` instead of `sqrt(var + eps)`.
 
-    Bicubic enlargement overshoots: beside a tile some ten times rougher, the released code's std falls to zero and
-    below, the sign flips and pixels explode. Here the enlarged std is kept above `std_floor` times the smallest std
-    among the image's tiles. Where tiles differ by less than about five times, nothing changes.
+    Bicubic enlargement overshoots. Beside a tile that is some ten times rougher, the released code's std falls to zero
+    and below: the sign flips and pixels explode. Here the enlarged std is kept above `std_floor` times the smallest
+    std among the image's tiles. Where tiles differ by less than about five times, nothing changes.
 
     Args:
         x: (B, C, H, W); H and W are multiples of `tile_grid`.
@@ -62,11 +70,18 @@ def tile_group_norm(
 class TileGroupNorm(nn.Module):
     """Learned [`tile_group_norm`], with SiLU behind it; (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, num_groups: int, channels: int, eps: float):
+    def __init__(self, channels: int):
         super().__init__()
-        self.num_groups, self.eps = num_groups, eps
+        self.num_groups, self.eps = GROUPS, GROUP_NORM_EPS
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, tile_grid: tuple[int, int] = (1, 1)) -> Tensor:
         return tile_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, tile_grid, silu=True)
+
+
+class PixelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of each pixel by itself, then SiLU; (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pixel_norm(x, self.weight, self.bias, self.eps, silu=True)
