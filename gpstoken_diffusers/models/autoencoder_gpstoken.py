@@ -15,10 +15,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from ..geometry import GEOMETRY_CHANNELS
 from ..layouts.of_pictures import partition_tiles
 from ..ops.partition import initial_gaussians
 from ..tiling import take_tiles, tile_grid_for
-from ..tokens import GEOMETRY_CHANNELS, GPSTokens
+from ..tokens import GPSTokens
 from . import official_checkpoints
 from .canvas import checked_size, cut_picture
 from .lattice_decoder import LatticeDecoder
@@ -46,12 +47,7 @@ class AutoencoderGPSTokenOutput(BaseOutput):
 
 
 class AutoencoderGPSToken(
-    SingleFileLoadingMixin,
-    ModelMixin,
-    AttentionMixin,
-    AutoencoderMixin,
-    ConfigMixin,
-    PeftAdapterMixin,
+    SingleFileLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, PeftAdapterMixin
 ):
     r"""The GPSToken autoencoder (arXiv 2509.01109): an image becomes N Gaussians with a texture vector each.
 
@@ -138,9 +134,7 @@ class AutoencoderGPSToken(
             self.decoder = LatticeDecoder(*sizes, lattice_size, lattice_channels)
         else:
             raise ValueError(f'decoder_type must be "map" or "lattice", got {decoder_type!r}.')
-        self.use_slicing = False
-        self.use_tiling = False
-        self.is_compiled = False
+        self.use_slicing = self.use_tiling = self.is_compiled = False
         self._memory_budget: int | None = None
 
     def compile(self, *args, **kwargs) -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from ..tokens import CENTER, GEOMETRY_CHANNELS, SIGMA
+from ..geometry import CENTER, GEOMETRY_CHANNELS, SIGMA
 from .attention import FeedForward, TokenAttention, autocast_disabled
 
 TIME_FREQUENCIES = 256

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..geometry import RHO, SIGMA
 from ..ops.splat import splat_gaussians
-from ..tokens import RHO, SIGMA
 from .attention import FeedForward, autocast_disabled
 from .windows import Size, Window, map_geometry, touches, window_geometry
 

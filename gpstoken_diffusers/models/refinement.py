@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..geometry import GEOMETRY_CHANNELS, RHO, SIGMA, bounded
 from ..ops.roi_align import roi_align
-from ..tokens import GEOMETRY_CHANNELS, RHO, SIGMA
 from .attention import FeedForward, TokenAttention, autocast_disabled
-
-# Smallest sigma and largest |rho| that the heads give. In float32 the sigmoid saturates, and a token with sigma = 0 or
-# |rho| = 1 has no finite weight anywhere. Both bounds lie beyond what a partition or a trained checkpoint holds.
-MIN_SIGMA = 1e-5
-MAX_ABS_CORRELATION = 1.0 - 1e-6
 
 
 class RefinementBlock(nn.Module):
@@ -182,7 +177,7 @@ def add_in_logit_space(initial_geometry: Tensor, residual: Tensor) -> Tensor:
     sigma = torch.sigmoid(torch.logit(initial_geometry[..., SIGMA], eps=1e-7) + residual[..., SIGMA])
     rest = (1 + initial_geometry[..., RHO:]) / 2
     rest = 2 * torch.sigmoid(torch.logit(rest, eps=1e-7) + residual[..., RHO:]) - 1
-    rho = rest[..., :1].clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION)
-    return torch.cat([sigma.clamp(min=MIN_SIGMA), rho, rest[..., 1:]], dim=-1)
+    # Bounded, because a sigmoid saturates in float32.
+    return bounded(torch.cat([sigma, rest], dim=-1))
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tokens import CENTER, GEOMETRY_CHANNELS, RHO, SIGMA
-
-# The released code's bounds on what it generates.
-MIN_SIGMA = 1e-5
-MAX_ABS_CORRELATION = 0.99999
+from ..geometry import CENTER, GENERATED_MAX_ABS_RHO, GEOMETRY_CHANNELS, MIN_SIGMA, RHO, SIGMA
 
 
 def geometry_residual(initial_geometry: Tensor, geometry: Tensor, kind: str) -> Tensor:
@@ -27,7 +23,7 @@ def geometry_residual(initial_geometry: Tensor, geometry: Tensor, kind: str) -> 
     if kind == "additive":
         return geometry - initial_geometry
     scale = initial_geometry[..., SIGMA]
-    rho = geometry[..., RHO, None].clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION)
+    rho = geometry[..., RHO, None].clamp(-GENERATED_MAX_ABS_RHO, GENERATED_MAX_ABS_RHO)
     return torch.cat(
         [
             (geometry[..., SIGMA] / scale).log(),
@@ -53,7 +49,7 @@ def geometry_from_residual(initial_geometry: Tensor, residual: Tensor, kind: str
         rho = (initial_geometry[..., RHO, None].atanh() + residual[..., RHO, None]).tanh()
         center = initial_geometry[..., CENTER] + scale * residual[..., CENTER]
     sigma = sigma.clamp(MIN_SIGMA, 1 - MIN_SIGMA)
-    return torch.cat([sigma, rho.clamp(-MAX_ABS_CORRELATION, MAX_ABS_CORRELATION), center], dim=-1)
+    return torch.cat([sigma, rho.clamp(-GENERATED_MAX_ABS_RHO, GENERATED_MAX_ABS_RHO), center], dim=-1)
 
 
 class StandardisedLatentsMixin:

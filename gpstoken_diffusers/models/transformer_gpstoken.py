@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..tokens import GEOMETRY_CHANNELS
+from ..geometry import GEOMETRY_CHANNELS
 from . import official_checkpoints
 from .conditional_block import (
     ConditionalBlock,
@@ -36,7 +37,7 @@ class VelocityOutput(BaseOutput):
 
 
 class GPSTokenTransformerModel(
-    SingleFileLoadingMixin, TokenLatentsMixin, ModelMixin, AttentionMixin, ConfigMixin
+    SingleFileLoadingMixin, TokenLatentsMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 ):
     r"""A SiT over tokens: predicts the velocity of the latents z_t = t z + (1 - t) noise.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ..tokens import CENTER, SIGMA
+from ..geometry import CENTER, SIGMA
 from .conditional_block import (
     ConditionalBlock,
     ConditionalHead,
@@ -28,7 +29,7 @@ _Z_CURVE_BITS = 12
 
 
 class GPSTokenLayoutModel(
-    FolderLoadingMixin, StandardisedLatentsMixin, ModelMixin, AttentionMixin, ConfigMixin
+    FolderLoadingMixin, StandardisedLatentsMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 ):
     r"""A light transformer that draws layouts, N initial Gaussians, by flow matching.
 

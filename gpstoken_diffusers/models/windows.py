@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..tokens import CENTER, RHO, SIGMA
+from ..geometry import CENTER, RHO, SIGMA
 
 Size = tuple[int, int]  # height, width
 Grid = tuple[int, int]  # rows, columns of tiles
