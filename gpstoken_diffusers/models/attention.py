@@ -4,25 +4,63 @@ from __future__ import annotations
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
+
+MAX_TOKENS_OF_PRODUCTS = 512
+"""Up to so many tokens [`attention_by_products`] is faster than a fused kernel on a CPU, see docs/speed.md."""
+HAS_BFLOAT16_PRODUCTS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether this CPU multiplies matrices in bfloat16 at speed."""
 
 
 class TokenAttnProcessor:
-    """Computes [`TokenAttention`] through diffusers' attention dispatcher: any of its backends can be chosen."""
+    """Computes [`TokenAttention`] through diffusers' attention dispatcher: any of its backends can be chosen.
+
+    Unless one was chosen, few tokens in bfloat16 on a CPU take [`attention_by_products`].
+    """
 
     _attention_backend = None
     _parallel_config = None
 
     def __call__(self, attn: TokenAttention, hidden_states: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(hidden_states.device.type):  # once, and not in each of the three layers
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         query, key, value = (
             projection(hidden_states).unflatten(-1, (attn.heads, -1))
             for projection in (attn.to_q, attn.to_k, attn.to_v)
         )
-        mixed = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        if self._attention_backend is None and self._parallel_config is None and _suits_products(query):
+            mixed = attention_by_products(query, key, value)
+        else:
+            mixed = dispatch_attention_fn(
+                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
         return attn.to_out(mixed.flatten(2))
+
+
+def attention_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(D)) value, all weights held at once: (B, N, heads, D) -> (B, N, heads, D)."""
+    batch, _, heads, width = query.shape
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    # With beta = 0 the first argument is not read; the product is scaled before it is rounded.
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=width**-0.5)
+    return (scores.softmax(-1) @ value).unflatten(0, (batch, heads)).transpose(1, 2)
+
+
+def _suits_products(query: Tensor) -> bool:
+    """Whether [`attention_by_products`] is the faster way for (B, N, heads, D) and no other backend was asked for."""
+    return (
+        HAS_BFLOAT16_PRODUCTS
+        and query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and not torch.compiler.is_exporting()  # a graph for any number of tokens must not hang on how many these are
+        and query.shape[1] <= MAX_TOKENS_OF_PRODUCTS
+        and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
+    )
 
 
 class TokenAttention(nn.Module, AttentionModuleMixin):
