@@ -30,7 +30,7 @@ GPSTOKEN_INLINE float pixel_center(int64_t i, int64_t n) {
     return n > 1 ? static_cast<float>(2.0 * static_cast<double>(i) / static_cast<double>(n - 1) - 1.0) : 0.0f;
 }
 
-// The box test of one axis, the same float32 operations as in the plain definition.
+// The box test of one axis, the same float32 operations as in the reference.
 GPSTOKEN_INLINE bool inside_box(float pixel, float center, float half_width) {
     const float offset = pixel - center;
     return offset >= -half_width && offset <= half_width;
@@ -74,11 +74,13 @@ GPSTOKEN_INLINE Gaussian make_gaussian(const float* geometry, int64_t height, in
     g.inv_sigma_x = 1.0f / sigma_x;
     g.inv_sigma_y = 1.0f / sigma_y;
     g.k = 1.0f / sqrtf((1.0f - rho) * (1.0f + rho));
+    // Bounded, because an axis of one sample multiplies it by zero.
+    const float half_x = fminf(support * sigma_x, FLT_MAX), half_y = fminf(support * sigma_y, FLT_MAX);
     int64_t first, last;
-    pixel_range(x, support * sigma_x, width, &first, &last);
+    pixel_range(x, half_x, width, &first, &last);
     g.x0 = static_cast<int32_t>(first);
     g.x1 = static_cast<int32_t>(last);
-    pixel_range(y, support * sigma_y, height, &first, &last);
+    pixel_range(y, half_y, height, &first, &last);
     g.y0 = static_cast<int32_t>(first);
     g.y1 = static_cast<int32_t>(last);
     return g;

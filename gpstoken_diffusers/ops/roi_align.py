@@ -2,7 +2,8 @@
 
 The function is torchvision's RoIAlign (aligned, with as many samples per cell as it has features), which runs wherever
 no native library does. On the CPU that one wants float32 in contiguous memory and works number by number; the native
-version reads float32, bfloat16 and float16 where channels-last memory has them, and sums in float32.
+version reads float32, bfloat16 and float16 where channels-last memory has them, and sums in float32. A training step of
+gpstoken-mini in bfloat16, batch of 2, takes 6 to 7% longer with torchvision's (one thread of an AMD EPYC with AVX-512).
 
 Registered as `gpstoken::roi_align` with a fake kernel and autograd, so that `torch.compile(fullgraph=True)` takes it.
 """

@@ -73,9 +73,9 @@ def _check(geometry: Tensor, texture: Tensor, height: int, width: int, support: 
     if geometry.device != texture.device:
         raise ValueError(f"geometry is on {geometry.device} but texture on {texture.device}: move one of them.")
     if height < 1 or width < 1:
-        raise ValueError(f"height and width must be at least 1, got {height} x {width}.")
+        raise ValueError(f"height and width: expected at least 1, got {height} x {width}.")
     if not 0 < support < math.inf:
-        raise ValueError(f"support must be a positive number of sigmas, got {support}.")
+        raise ValueError(f"support: expected a positive, finite number of sigmas, got {support}.")
 
 
 # The operators are registered at the dispatcher itself: torch.library.custom_op would do the same, but its

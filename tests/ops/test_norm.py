@@ -175,7 +175,7 @@ def check_no_number(bad: float, dtype: torch.dtype, channel: int) -> None:
 
 ONE_INSTRUCTION_SET = """
 import itertools, torch
-from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.backend import native
 from test_norm import DTYPES, SHAPES, check, check_activation, check_conversions, check_no_number
 for (shape, groups), dtype, silu in itertools.product(SHAPES, DTYPES, (False, True)):
     check(shape, groups, dtype, silu, "channels_last")

@@ -19,7 +19,7 @@ import torch
 from emulation.toolchain import CSRC, SplatLibrary, compile_emulation, find_compiler
 from layout_judge import noise, picture
 from nvrtc_cases import build_host, compiler_or_skip, load_host
-from splat_cuda_cases import CASES, expect_case, random_tokens
+from splat_cases import CASES, assert_case, make_tokens, of_library
 
 from gpstoken_diffusers.ops import partition_cuda
 from gpstoken_diffusers.ops.backend import native
@@ -77,15 +77,15 @@ def kernels(host_path: Path, driver_path: Path, cache: Path, gpu: SimpleNamespac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "b{}-n{}-c{}-{}x{}-s{:g}-{}".format(*case))
-def test_splatting(kernels: RunTimeKernels, case: tuple) -> None:
-    expect_case(SplatLibrary(kernels), case, "cpu")
+@pytest.mark.parametrize("case", CASES)
+def test_splatting(kernels: RunTimeKernels, case: str) -> None:
+    assert_case(of_library(SplatLibrary(kernels)), CASES[case])
 
 
 def test_launches_are_those_of_nvccs_library(kernels: RunTimeKernels, fake: ctypes.CDLL) -> None:
     """The same bits as from the sources when nvcc compiles them, whole, with kernels called instead of named."""
     fake.gpstoken_cuda_error_string.restype = ctypes.c_char_p
-    geometry, texture = random_tokens(3, 40, 6)
+    geometry, texture = make_tokens(3, 40, 6)
     results = []
     for library in (SplatLibrary(kernels), SplatLibrary(fake)):
         out = library.forward(geometry, texture, 20, 33)
@@ -125,7 +125,7 @@ def test_partition(fake: ctypes.CDLL) -> None:
 
 
 def splat_one(kernels: RunTimeKernels) -> torch.Tensor:
-    return SplatLibrary(kernels).forward(*random_tokens(1, 2, 1), 3, 3)
+    return SplatLibrary(kernels).forward(*make_tokens(1, 2, 1), 3, 3)
 
 
 def test_errors_of_a_launch_reach_the_caller(kernels: RunTimeKernels, fake: ctypes.CDLL) -> None:

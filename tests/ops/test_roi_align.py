@@ -114,7 +114,7 @@ def test_without_the_library(monkeypatch, case, dtype):
 
 ONE_INSTRUCTION_SET = """
 import itertools, torch
-from gpstoken_diffusers.ops import native
+from gpstoken_diffusers.ops.backend import native
 from test_roi_align import CASES, DTYPES, check
 for case, dtype in itertools.product(CASES, DTYPES):
     check(case, dtype, "channels_last")

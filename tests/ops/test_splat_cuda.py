@@ -1,237 +1,100 @@
-"""The CUDA splatting kernels: run on the host by emulation, and on a GPU where there is one (-m gpu).
+"""The CUDA splatting kernels: orders of threads, bounds of buffers, and on a GPU (-m gpu) streams and graphs.
 
-Both are compared with the plain PyTorch definition in float64, values and gradients.
+Their values and gradients are compared with the reference in test_splat.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-import sys
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden
-from emulation.checkers import sanitised_program
-from emulation.toolchain import SplatLibrary, compile_emulation, find_compiler
-from safetensors.torch import load_file
-from splat_cuda_cases import CASES, expect_case, expect_close, random_tokens, real_library
-from torch import Tensor
-
-from gpstoken_diffusers.ops.backend import native
-from gpstoken_diffusers.ops.splat_reference import (
-    pixel_centers,
-    splat_gaussians_backward_reference,
-    splat_gaussians_reference,
+from emulation.checkers import expect_clean_on_gpu, sanitised_program
+from emulation.toolchain import SplatLibrary
+from splat_cases import (
+    BF16,
+    F16,
+    F32,
+    assert_is_reference,
+    emulated_library,
+    make_tokens,
+    needs_emulation,
+    of_library,
+    random_upstream,
+    real_library,
 )
 
-NAN, INF = float("nan"), float("inf")
-
-needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: the emulation cannot be built")
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the emulation and its sanitisers are for Linux")
-
-
-@pytest.fixture(scope="session")
-def emulated_cdll(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """csrc/splat_cuda.cu, whole, as a library for the CPU."""
-    target = tmp_path_factory.mktemp("emulation") / "libsplat.so"
-    return ctypes.CDLL(str(compile_emulation("emulated_library.cpp", target, "-O2", "-march=native")))
+from gpstoken_diffusers.ops.backend import native
+from gpstoken_diffusers.ops.splat import splat_gaussians
+from gpstoken_diffusers.ops.splat_reference import pixel_centers
 
 
 @pytest.fixture
-def emulated(emulated_cdll: ctypes.CDLL) -> SplatLibrary:
-    emulated_cdll.emulation_set_seed(0)
-    return SplatLibrary(emulated_cdll)
+def emulated() -> SplatLibrary:
+    emulated_library().emulation_set_seed(0)
+    return SplatLibrary(emulated_library())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def gpu() -> SplatLibrary:
-    """The real library, on the current GPU."""
     return real_library()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "b{}-n{}-c{}-{}x{}-s{:g}-{}".format(*case))
-class TestDefinition:
-    """Values and gradients at awkward sizes."""
-
-    @needs_compiler
-    @needs_linux
-    def test_emulated(self, emulated: SplatLibrary, case: tuple) -> None:
-        expect_case(emulated, case, "cpu")
-
-    @pytest.mark.gpu
-    def test_gpu(self, gpu: SplatLibrary, case: tuple) -> None:
-        expect_case(gpu, case, "cuda")
+# ---- what must not matter ----
 
 
-def golden_cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, float]]:
-    tensors = load_file(golden("splat.safetensors"))
-    for entry in json.loads(golden("splat_deviation.json").read_text()):
-        name = entry["case"]
-        parts = ["tokens", "upstream", "rendered", "grad_tokens"]
-        yield name, *(tensors[f"{name}.{part}"] for part in parts), float(name.rpartition("_d")[2])
+@needs_emulation
+@pytest.mark.parametrize("sizes", [(2, 150, 33, 21, 35), (4, 260, 4, 18, 18)])
+def test_order_of_threads(emulated: SplatLibrary, sizes: tuple[int, ...]) -> None:
+    """A missing barrier shows as a difference between orders. A block per token, and eight to a block; boxes for one
+    warp, and for all warps of a block, several in the same block."""
+    *shape, height, width = sizes
+    geometry, texture = make_tokens(*shape, sigma=0.15)
+    grad_out, results = random_upstream(texture, height, width), []
+    for seed in range(4):
+        emulated.library.emulation_set_seed(seed)
+        out = emulated.forward(geometry, texture, height, width, 5.0)
+        results.append((out, *emulated.backward(geometry, texture, grad_out, 5.0)))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
-class TestGolden:
-    """Against stored values: rho = +-0.999, centres outside the image, boxes narrower than a pixel."""
-
-    @needs_compiler
-    @needs_linux
-    def test_emulated(self, emulated: SplatLibrary) -> None:
-        self.check(emulated, "cpu")
-
-    @pytest.mark.gpu
-    def test_gpu(self, gpu: SplatLibrary) -> None:
-        self.check(gpu, "cuda")
-
-    @staticmethod
-    def check(library: SplatLibrary, device: str) -> None:
-        count = 0
-        for name, tokens, upstream, rendered, grad_tokens, support in golden_cases():
-            geometry, texture = (t.contiguous().to(device) for t in (tokens[..., :5], tokens[..., 5:]))
-            height, width = rendered.shape[2:]
-            out = library.forward(geometry, texture, height, width, support).cpu()
-            grads = torch.cat(library.backward(geometry, texture, upstream.to(device), support), dim=-1).cpu()
-            # Expected of float32 by those who stored them: 1e-6, with tokens of |rho| = 0.999 1e-4 and 5e-4.
-            correlated = bool((geometry[..., 2].abs() > 0.99).any())
-            expect_close(out, rendered, 1e-4 if correlated else 1e-6, f"{name} map")
-            expect_close(grads, grad_tokens, 5e-4 if correlated else 1e-6, f"{name} gradient")
-            count += 1
-        assert count > 0
+@pytest.mark.parametrize(
+    ("library", "device"),
+    [pytest.param("emulated", "cpu", marks=needs_emulation), pytest.param("gpu", "cuda", marks=pytest.mark.gpu)],
+)
+def test_batch(request: pytest.FixtureRequest, library: str, device: str) -> None:
+    """One image alone (narrow slices, a block per token) and among 70 (wide slices, eight to a block)."""
+    kernels: SplatLibrary = request.getfixturevalue(library)
+    geometry, texture = make_tokens(70, 15, 33)
+    tensors = [tensor.to(device) for tensor in (geometry, texture, random_upstream(texture, 17, 20))]
+    last = [tensor[69:].contiguous() for tensor in tensors]
+    many, one = ((kernels.forward(*t[:2], 17, 20), *kernels.backward(*t)) for t in (tensors, last))
+    assert all(torch.equal(a[69:], b) for a, b in zip(many, one, strict=True))
 
 
-class TestPeculiarTokens:
-    """Geometry that makes no sense paints nothing, gets zero gradients and leaves all other tokens alone."""
-
-    SENSELESS = [
-        *([NAN if i == j else 0.3 for j in range(5)] for i in range(5)),
-        *([INF if i == j else 0.3 for j in range(5)] for i in range(5)),
-        [0.3, 0.3, 0.0, -INF, 0.0],
-        [0.0, 0.3, 0.0, 0.0, 0.0],
-        [0.3, -0.3, 0.0, 0.0, 0.0],
-        [0.3, 1e-39, 0.0, 0.0, 0.0],  # a subnormal sigma has no finite reciprocal
-        [0.3, 0.3, 1.0, 0.0, 0.0],
-        [0.3, 0.3, -1.0, 0.0, 0.0],
-        [0.3, 0.3, 1.5, 0.0, 0.0],
-    ]
-    EXTREME = [
-        [2e-38, 2e-38, 0.5, -1.0, 1.0],  # on the centre of a corner pixel
-        [2e-38, 0.5, 0.0, -1.0, 0.1],
-        [1e30, 0.5, 0.0, 0.0, 0.0],
-        [0.3, 0.3, 0.99999, 0.0, 0.0],
-        [0.5, 0.5, 0.0, 1e30, 0.0],
-        [0.5, 0.5, 0.0, 2.0, -2.0],  # outside, reaching in
-    ]
-
-    @needs_compiler
-    @needs_linux
-    def test_emulated(self, emulated: SplatLibrary) -> None:
-        self.check(emulated, "cpu")
-
-    @pytest.mark.gpu
-    def test_gpu(self, gpu: SplatLibrary) -> None:
-        self.check(gpu, "cuda")
-
-    def check(self, library: SplatLibrary, device: str) -> None:
-        sensible, _ = random_tokens(1, 9, 1)
-        senseless = torch.tensor([self.SENSELESS])
-        geometry = torch.cat([senseless, torch.tensor([self.EXTREME]), sensible], dim=1)
-        texture = torch.randn(1, geometry.shape[1], 3, generator=torch.Generator().manual_seed(2))
-        grad_out = torch.randn(1, 3, 9, 17, generator=torch.Generator().manual_seed(3))
-        inputs = geometry.to(device), texture.to(device)
-        grad_geometry, grad_texture = library.backward(*inputs, grad_out.to(device))
-        assert (grad_geometry[:, : senseless.shape[1]] == 0).all()
-        assert (grad_texture[:, : senseless.shape[1]] == 0).all()
-
-        def without_senseless(tensor: Tensor) -> Tensor:
-            return tensor[:, senseless.shape[1] :].contiguous()
-
-        kept = [without_senseless(t) for t in inputs]
-        assert torch.equal(library.forward(*inputs, 9, 17), library.forward(*kept, 9, 17))
-        expected = splat_gaussians_reference(*(t.double().cpu() for t in kept), 9, 17)
-        # float32 with |rho| = 0.99999 loses a factor of 1 / sqrt(1 - rho^2) = 220.
-        expect_close(library.forward(*kept, 9, 17).cpu(), expected, 1e-4, "map")
-        expected_grads = splat_gaussians_backward_reference(*(t.double().cpu() for t in kept), grad_out.double())
-        expect_close(without_senseless(grad_texture).cpu(), expected_grads[1], 1e-4, "texture gradient")
-        assert without_senseless(grad_geometry).isfinite().all()
+# ---- the parts ----
 
 
-class TestRepeatability:
-    """Not a bit depends on the order of threads, on the run, or on the batch."""
-
-    @needs_compiler
-    @needs_linux
-    @pytest.mark.parametrize("sizes", [(2, 150, 33, 21, 35), (4, 260, 4, 18, 18)])
-    def test_order_of_threads(self, emulated: SplatLibrary, sizes: tuple[int, ...]) -> None:
-        """A missing barrier shows as a difference between orders. A block per token, and eight to a block;
-        boxes for one warp, and for all warps of a block, several in the same block."""
-        *shape, height, width = sizes
-        geometry, texture = random_tokens(*shape)
-        geometry[..., :2] *= 3.0
-        generator = torch.Generator().manual_seed(1)
-        grad_out = torch.randn(shape[0], shape[2], height, width, generator=generator)
-        results = []
-        for seed in range(4):
-            emulated.library.emulation_set_seed(seed)
-            out = emulated.forward(geometry, texture, height, width, 5.0)
-            results.append((out, *emulated.backward(geometry, texture, grad_out, 5.0)))
-        for result in results[1:]:
-            assert all(map(torch.equal, result, results[0]))
-
-    @needs_compiler
-    @needs_linux
-    def test_batch_emulated(self, emulated: SplatLibrary) -> None:
-        self.check_batch(emulated, "cpu")
-
-    @pytest.mark.gpu
-    def test_batch_gpu(self, gpu: SplatLibrary) -> None:
-        self.check_batch(gpu, "cuda")
-
-    @staticmethod
-    def check_batch(library: SplatLibrary, device: str) -> None:
-        """One image alone (narrow slices, a block per token) and among 70 (wide slices, eight to a block)."""
-        geometry, texture = (t.to(device) for t in random_tokens(70, 15, 33))
-        grad_out = torch.randn(70, 33, 17, 20, generator=torch.Generator().manual_seed(1)).to(device)
-        out = library.forward(geometry, texture, 17, 20)
-        grads = library.backward(geometry, texture, grad_out)
-        alone = geometry[69:].contiguous(), texture[69:].contiguous()
-        assert torch.equal(library.forward(*alone, 17, 20), out[69:])
-        for one, many in zip(library.backward(*alone, grad_out[69:].contiguous()), grads, strict=True):
-            assert torch.equal(one, many[69:])
-
-    @pytest.mark.gpu
-    def test_runs_on_gpu(self, gpu: SplatLibrary) -> None:
-        geometry, texture = (t.cuda() for t in random_tokens(8, 256, 32))
-        grad_out = torch.randn(8, 32, 64, 64, device="cuda")
-        first = gpu.forward(geometry, texture, 64, 64), *gpu.backward(geometry, texture, grad_out)
-        for _ in range(50):
-            again = gpu.forward(geometry, texture, 64, 64), *gpu.backward(geometry, texture, grad_out)
-            assert all(map(torch.equal, again, first))
-
-
-@needs_compiler
-@needs_linux
-def test_pixel_centers_are_those_of_the_definition(emulated_cdll: ctypes.CDLL) -> None:
+@needs_emulation
+def test_pixel_centers_are_those_of_the_reference() -> None:
     """The correction that replaces a division gives the very bits that float64 does."""
     for n in [*range(1, 1100), 2047, 2048, 4096, 5000]:
         centers = torch.full((n,), float("nan"))
-        emulated_cdll.emulation_axis(n, ctypes.c_void_p(centers.data_ptr()))
+        emulated_library().emulation_axis(n, ctypes.c_void_p(centers.data_ptr()))
         assert torch.equal(centers, pixel_centers(n)), n
 
 
-@needs_compiler
-@needs_linux
-def test_arguments(emulated_cdll: ctypes.CDLL) -> None:
+@needs_emulation
+def test_arguments(emulated: SplatLibrary) -> None:
     """Result codes for what the kernels cannot do, and for having nothing to do."""
-    SplatLibrary(emulated_cdll)  # declares the argument types
-    pointers = [None] * 3
 
     def code(*sizes: int, dtype: int = 0) -> int:
-        return emulated_cdll.gpstoken_splat_forward_cuda(*pointers, *sizes, 3.0, dtype, None)
+        return emulated.library.gpstoken_splat_forward_cuda(*[None] * 3, *sizes, 3.0, dtype, None)
 
-    assert emulated_cdll.gpstoken_abi_version() == native.ABI_VERSION
+    assert emulated.library.gpstoken_abi_version() == native.ABI_VERSION
     assert code(1, 0, 3, 4, -1) == 1
     assert code(1, 0, 3, 2**24, 4) == 1
     assert code(2**40, 0, 3, 4, 4) == 1  # more blocks than a grid has
@@ -239,8 +102,7 @@ def test_arguments(emulated_cdll: ctypes.CDLL) -> None:
     assert code(0, 5, 3, 4, 4) == code(1, 5, 0, 4, 4) == code(1, 5, 3, 0, 4) == 0
 
 
-@needs_compiler
-@needs_linux
+@needs_emulation
 def test_no_access_outside_buffers(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitisers over both kernels, NaN and infinite geometry included."""
     run = sanitised_program("out_of_bounds.cpp", tmp_path / "program")
@@ -249,3 +111,90 @@ def test_no_access_outside_buffers(tmp_path: Path) -> None:
     for direction in ("forward", "backward"):
         done = run(direction)
         assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, direction
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("sizes", [(1, 64, 16), (8, 256, 32), (64, 128, 16), (2, 4096, 130)])
+def test_gpu_real_sizes(gpu: SplatLibrary, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    geometry, texture = make_tokens(*sizes, sigma=0.05)
+    assert_is_reference(of_library(gpu, "cuda"), geometry, texture.to(dtype), 64, 80)
+
+
+@pytest.mark.gpu
+def test_gpu_runs_repeat(gpu: SplatLibrary) -> None:
+    geometry, texture = make_tokens(8, 256, 32)
+    tensors = [tensor.cuda() for tensor in (geometry, texture, random_upstream(texture, 64, 64))]
+    first, *others = ((gpu.forward(*tensors[:2], 64, 64), *gpu.backward(*tensors)) for _ in range(50))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, first, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_operator(gpu: SplatLibrary) -> None:
+    """The public operator on CUDA: autograd, dense copies of strided inputs, torch's own checks."""
+    geometry, texture = (t.cuda() for t in make_tokens(2, 17, 6))
+    strided = texture.transpose(1, 2).contiguous().transpose(1, 2)
+    inputs = geometry.requires_grad_(), strided.requires_grad_()
+    out = splat_gaussians(*inputs, 33, 20)
+    assert torch.equal(out, gpu.forward(geometry.detach(), texture, 33, 20))
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weight).sum(), inputs)
+    assert all(map(torch.equal, grads, gpu.backward(geometry.detach(), texture, weight)))
+    torch.library.opcheck(torch.ops.gpstoken.splat_gaussians, (*inputs, 33, 20, 3.0))
+
+
+@pytest.mark.gpu
+def test_gpu_stream(gpu: SplatLibrary) -> None:
+    """The work waits for what its own stream does before it, and is not queued on another."""
+    geometry, texture = (t.cuda() for t in make_tokens(4, 256, 32))
+    expected = splat_gaussians(geometry, texture, 64, 64)
+    late = torch.zeros_like(texture)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second
+        late.copy_(texture)
+        out = splat_gaussians(geometry, late, 64, 64)
+        late.zero_()  # must not overtake the kernel either
+    assert not stream.query(), "the call waited for the device"
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_graph(gpu: SplatLibrary) -> None:
+    """Launches can be captured in a CUDA graph."""
+    geometry, texture = (t.cuda() for t in make_tokens(1, 64, 16))
+    expected = splat_gaussians(geometry, texture, 64, 64)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = splat_gaussians(geometry, texture, 64, 64)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_large_batch(gpu: SplatLibrary) -> None:
+    """More images than the second and third dimension of a grid can count."""
+    geometry, texture = (t.cuda() for t in make_tokens(70_000, 2, 4))
+    out = gpu.forward(geometry, texture, 3, 3)
+    grads = gpu.backward(geometry, texture, torch.ones_like(out))
+    assert torch.equal(out[-1:], gpu.forward(geometry[-1:].contiguous(), texture[-1:].contiguous(), 3, 3))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_gpu_sanitizer(gpu: SplatLibrary, tool: str) -> None:
+    """Both kernels under NVIDIA's checkers."""
+    code = (
+        "from splat_cases import CASES, assert_case, of_library, real_library\n"
+        "splat = of_library(real_library(), 'cuda')\n"
+        "for case in CASES.values(): assert_case(splat, case)"
+    )
+    expect_clean_on_gpu(tool, code)

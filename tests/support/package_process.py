@@ -19,8 +19,8 @@ def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=TESTS)
 
 
-def run_code_on(isa: str, code: str) -> str:
+def run_code_on(isa: str, code: str, **environment: str) -> str:
     """What `code` prints where the CPU library uses instruction set `isa`, or the best that the processor has."""
-    done = run_code(code, GPSTOKEN_CPU_ISA=isa)
+    done = run_code(code, GPSTOKEN_CPU_ISA=isa, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
