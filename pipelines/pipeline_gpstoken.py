@@ -142,7 +142,9 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             guidance_interval: (first, last) flow time of guidance, 0 is noise and 1 is data.
             layout_num_inference_steps, layout_guidance_scale: the same of the first stage.
             num_images_per_label: pictures for each label.
-            generator: one, or one for each picture. A picture depends on its own seed, not on batch or device.
+            generator: one, or one for each picture. A picture depends on its own seed, not on batch or device; but
+                with the adaptive "official-ode", as in the release, one step size serves the batch, so that a picture
+                changes a little with its companions.
             latents: (B, N, 5 + C) noise of the second stage instead of the generator's.
             output_type: "pil", "np", "pt" or "tokens".
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the second

@@ -9,7 +9,9 @@ from pathlib import Path
 from .. import __version__
 
 PRESETS = ("s64", "m128", "l256")  # the names of convert.PRESETS, which would import PyTorch
-SAMPLERS = ("official-sde", "official-ode", "official-ode-euler", "sde", "euler", "heun", "unipc", "dpm++")  # as above
+SAMPLERS = (  # as above
+    "official-sde", "official-sde-heun", "official-ode", "official-ode-euler", "sde", "euler", "heun", "unipc", "dpm++",
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 ENCODINGS = ("float32", "float16", "uint8")  # of token_files, which would import PyTorch too
 

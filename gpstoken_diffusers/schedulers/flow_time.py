@@ -7,8 +7,6 @@ sigma = 1 - t from 1 (noise) to 0 (data), name steps by timestep = 1000 sigma, a
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -37,13 +35,19 @@ def check_num_steps(num_inference_steps: int, fewest: int = 1) -> None:
 
 
 def check_flow_settings(scheduler: SchedulerMixin) -> None:
-    """Raises ValueError if the scheduler's config is that of another kind of diffusion."""
-    prediction_type = scheduler.config.prediction_type
-    use_flow_sigmas = scheduler.config.get("use_flow_sigmas", False)
-    if prediction_type != "flow_prediction" or not use_flow_sigmas:
+    """Raises ValueError if the scheduler is one for another kind of diffusion."""
+    config, name = scheduler.config, type(scheduler).__name__
+    if "prediction_type" not in config:
+        # diffusers' schedulers that know flows only mix noise and data by this method, and all others by `add_noise`.
+        if not hasattr(scheduler, "scale_noise"):
+            raise ValueError(
+                f"{name} is no scheduler for flows, but these networks predict the velocity of a flow. Take "
+                "FlowMatchEulerDiscreteScheduler, say, or one that make_sampler makes."
+            )
+    elif config.prediction_type != "flow_prediction" or not config.get("use_flow_sigmas", False):
         raise ValueError(
-            f"{type(scheduler).__name__} has prediction_type={prediction_type!r} and use_flow_sigmas="
-            f"{use_flow_sigmas}, but these networks predict the velocity of a flow. Make it with "
+            f"{name} has prediction_type={config.prediction_type!r} and use_flow_sigmas="
+            f"{config.get('use_flow_sigmas', False)}, but these networks predict the velocity of a flow. Make it with "
             'prediction_type="flow_prediction", use_flow_sigmas=True.'
         )
 
@@ -84,8 +88,7 @@ def set_timesteps(
     check_num_steps(num_inference_steps)
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be greater than 0 and at most 1, got {strength!r}.")
-    if "prediction_type" in inspect.signature(type(scheduler).__init__).parameters:
-        check_flow_settings(scheduler)
+    check_flow_settings(scheduler)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
         scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from .flow_time import data_times, set_timesteps, to_model_output
 from .guidance import Velocity
 from .scheduling_dopri5 import FlowMatchDopri5Scheduler
+from .scheduling_gpstoken_sde import GPSTokenSDEScheduler
 
 
 class FlowStep(NamedTuple):
@@ -52,7 +53,8 @@ def integrate_flow(
 
     Args:
         scheduler: of diffusers or of this package.
-        velocity: (latents, flow time) -> data - noise.
+        velocity: (latents, flow time) -> data - noise, as [`guided_velocity`] makes it: adaptive schedulers call it
+            with 2 B rows.
         latents: (B, N, C) float32 at the flow time at which the steps begin.
         num_inference_steps: steps of the whole way; adaptive schedulers ignore it.
         generators: one per sample, for schedulers that add noise.
@@ -63,19 +65,13 @@ def integrate_flow(
     Returns: (B, N, C) float32.
     """
     if is_adaptive(scheduler):
-        steps = 0
-
-        def callback(time: float, state: Tensor) -> bool:
-            nonlocal steps
-            kept = on_step(FlowStep(steps, time, torch.tensor(1000 * (1 - time)), state, state))
-            steps += 1
-            return kept is None
-
-        return scheduler.integrate(velocity, latents, start_time=1 - strength, callback=callback)
+        return _integrate_adaptively(scheduler, velocity, latents, on_step, 1 - strength)
     begin = set_timesteps(scheduler, num_inference_steps, latents.device, strength)
+    times = data_times(scheduler)
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": list(generators)} if draws_noise else {}
-    times = data_times(scheduler)
+    if isinstance(scheduler, GPSTokenSDEScheduler):
+        latents = scheduler.add_first_noise(latents, **options)
     for number, (timestep, time) in enumerate(zip(scheduler.timesteps[begin:], times[begin:], strict=True)):
         towards_data = velocity(latents, time)
         stepped = scheduler.step(to_model_output(towards_data), timestep, latents, **options).prev_sample
@@ -84,3 +80,23 @@ def integrate_flow(
             return stepped
         latents = kept
     return latents
+
+
+def _integrate_adaptively(
+    scheduler: FlowMatchDopri5Scheduler,
+    velocity: Velocity,
+    latents: Tensor,
+    on_step: Callable[[FlowStep], Tensor | None],
+    start_time: float,
+) -> Tensor:
+    """As the release does it: samples and their companions are one state, and the errors of both set the step size."""
+    batch_size, steps = len(latents), 0
+
+    def callback(time: float, state: Tensor) -> bool:
+        nonlocal steps
+        samples = state[:batch_size]
+        kept = on_step(FlowStep(steps, time, torch.tensor(1000 * (1 - time)), samples, samples))
+        steps += 1
+        return kept is None
+
+    return scheduler.integrate(velocity, torch.cat([latents, latents]), start_time, callback)[:batch_size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -21,18 +21,19 @@ def sample_generators(generator: Generator | Sequence[Generator] | None, batch_s
         TypeError: something that is no generator.
         ValueError: a list of another length.
     """
-    sources = generator if isinstance(generator, Iterable) else [generator] * batch_size
-    if len(sources) != batch_size:
-        raise ValueError(
-            f"generator must be one torch.Generator or a list of {batch_size}, one per sample, got {len(sources)}."
-        )
-    generators = []
+    sources = generator if isinstance(generator, (list, tuple)) else [generator] * batch_size
     for source in sources:
         if not isinstance(source, Generator | None):
             raise TypeError(
                 f"generator must be a torch.Generator or a list of them, got {source!r}: for a seed, pass "
                 "torch.Generator().manual_seed(seed)."
             )
+    if len(sources) != batch_size:
+        raise ValueError(
+            f"generator must be one torch.Generator or a list of {batch_size}, one per sample, got {len(sources)}."
+        )
+    generators = []
+    for source in sources:
         device = "cpu" if source is None else source.device
         seed = torch.randint(2**62, (), generator=source, device=device).item()
         generators.append(Generator().manual_seed(seed))

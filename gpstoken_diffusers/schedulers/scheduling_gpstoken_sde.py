@@ -39,6 +39,10 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
     noise. The drift is so steep at the start that few steps overshoot: on standard normal data, 10 steps take the
     spread to 107 on the way and to 2.4 at the end. Take 100 and more.
 
+    "heun" is the other solver of the release, on the same times: a step first adds its noise, then takes the drift at
+    both of its ends. So the network sees the state with the noise of the step already in it: call [`add_first_noise`]
+    before the loop. It evaluates the network `2 steps - 1` times, and `timesteps` has an entry for each.
+
     "exponential" solves the same equation on the grid `linspace(0, 1, steps + 1)`. With the prediction of the data
     m = x + (1 - t) v and the signal-to-noise ratio u = (t / (1 - t))^2, the equation is linear but for m, so that from
     t to s
@@ -53,7 +57,7 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: timestep of pure noise.
-        sde_solver: "exponential" or "euler_maruyama".
+        sde_solver: "exponential", "euler_maruyama" or "heun".
         solver_order: 1 or 2, the order of "exponential".
         prediction_type, use_flow_sigmas: as diffusers' multistep schedulers call what this one does; nothing else is
             taken. They are here so that `from_config` can swap the schedulers.
@@ -62,7 +66,6 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = FLOW_SCHEDULERS
-    order = 1
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -75,8 +78,8 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
         use_flow_sigmas: bool = True,
     ):
         keep_flow_settings(self)
-        if sde_solver not in ("exponential", "euler_maruyama"):
-            raise ValueError(f'sde_solver must be "exponential" or "euler_maruyama", got {sde_solver!r}.')
+        if sde_solver not in ("exponential", "euler_maruyama", "heun"):
+            raise ValueError(f'sde_solver must be "exponential", "euler_maruyama" or "heun", got {sde_solver!r}.')
         if solver_order not in (1, 2):
             raise ValueError(f"solver_order must be 1 or 2, got {solver_order!r}.")
         # As in diffusers, there are timesteps to read before set_timesteps chooses those of a run.
@@ -87,6 +90,11 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+    @property
+    def order(self) -> int:
+        """Entries of `timesteps` per step."""
+        return 2 if self.config.sde_solver == "heun" else 1
 
     @property
     def step_index(self) -> int | None:
@@ -101,6 +109,9 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
     def _restart(self, begin_index: int | None = None) -> None:
         self._step_index = self._begin_index = begin_index
         self._previous: tuple[float, Tensor] | None = None
+        # Of "heun": the state at the start of a step, its noise included, and the drift there.
+        self._started: tuple[Tensor, Tensor] | None = None
+        self._has_first_noise = False
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says which of `timesteps` the next call of [`step`] belongs to (above 0 for image to image)."""
@@ -109,20 +120,23 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Prepares a run.
 
-        Sets `timesteps` ((steps,) float32 on `device`) and `sigmas` ((steps + 1,) float64 on the CPU, the last 0).
-        They are in double precision so that 1 - sigma gives small times back without loss.
+        Sets `timesteps` ((evaluations,) float32 on `device`) and `sigmas` ((evaluations + 1,) float64 on the CPU, the
+        last 0). They are in double precision so that 1 - sigma gives small times back without loss.
 
-        Raises ValueError: fewer than 1 step, or fewer than 2 for "euler_maruyama".
+        Raises ValueError: fewer than 1 step, or fewer than 2 for the official solvers.
         """
-        official = self.config.sde_solver == "euler_maruyama"
+        official = self.config.sde_solver != "exponential"
         check_num_steps(num_inference_steps, fewest=2 if official else 1)
         if official:
             times = torch.linspace(_FIRST_TIME, 1 - _LAST_STEP, num_inference_steps)
+            # Both ends of a step are evaluated: all times but the first twice.
+            times = times.repeat_interleave(self.order)[self.order - 1 :]
             times = torch.cat([times, torch.ones(1)]).double()
         else:
             times = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)
         self.num_inference_steps = num_inference_steps
         self.sigmas = 1 - times
+        self._official_step_size = (times[self.order] - times[0]).item() if official else None
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).float().to(device)
         self._restart()
 
@@ -163,24 +177,60 @@ class GPSTokenSDEScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             self._step_index = self._index_of(timestep)
         index = self._step_index
-        if index >= self.num_inference_steps:
+        if index >= len(self.timesteps):
             raise ValueError(
                 f"All {self.num_inference_steps} steps have been taken. Call set_timesteps to start another run."
             )
         time, next_time = (1 - self.sigmas[index : index + 2]).tolist()
-        is_last = index == self.num_inference_steps - 1
+        is_last = index == len(self.timesteps) - 1
         velocity, state = -model_output.float(), sample.float()
-        if self.config.sde_solver == "euler_maruyama":
-            step_size = _LAST_STEP if is_last else (self.sigmas[0] - self.sigmas[1]).item()
-            mean = state + (2 * velocity - state / time) * step_size
-            noise_scale = math.sqrt(2 * (1 - time) / time * step_size)
-        else:
+        if self.config.sde_solver == "exponential":
             mean, noise_scale = self._exponential_step(state, velocity, time, next_time)
-        if not is_last:
+        else:
+            mean, noise_scale = self._official_step(state, 2 * velocity - state / time, index)
+        if noise_scale > 0 and not is_last:
             mean = mean + noise_scale * _noise_like(state, generator, noise)
         self._step_index = index + 1
         prev_sample = mean.to(sample.dtype)
         return GPSTokenSDESchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def add_first_noise(
+        self,
+        sample: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """What the first evaluation is to see: with "heun" the sample with the noise of its first step, else as it is.
+
+        Call it between [`set_timesteps`] or [`set_begin_index`] and the loop; arguments as in [`step`].
+        """
+        self._has_first_noise = True
+        index = self._step_index or 0
+        if self.config.sde_solver != "heun" or index == len(self.timesteps) - 1:
+            return sample
+        noised = sample.float() + self._official_noise_scale(index) * _noise_like(sample, generator, noise)
+        return noised.to(sample.dtype)
+
+    def _official_noise_scale(self, index: int) -> float:
+        time = 1 - self.sigmas[index].item()
+        return math.sqrt(2 * (1 - time) / time * self._official_step_size)
+
+    def _official_step(self, state: Tensor, drift: Tensor, index: int) -> tuple[Tensor, float]:
+        """Mean (B, N, C) of the next state, and the standard deviation of the noise that is added to it."""
+        if index == len(self.timesteps) - 1:
+            return state + drift * _LAST_STEP, 0.0
+        step_size = self._official_step_size
+        if self.config.sde_solver == "euler_maruyama":
+            return state + drift * step_size, self._official_noise_scale(index)
+        if index % 2 == 0:
+            if not self._has_first_noise:
+                raise ValueError('With sde_solver="heun", call add_first_noise before the first step.')
+            self._started = state, drift
+            return state + drift * step_size, 0.0
+        start, start_drift = self._started
+        # The network is to see the noise of the step that comes next; the last one has none.
+        noise_scale = 0.0 if index == len(self.timesteps) - 2 else self._official_noise_scale(index)
+        return start + (start_drift + drift) * (step_size / 2), noise_scale
 
     def _exponential_step(self, state: Tensor, velocity: Tensor, time: float, next_time: float) -> tuple[Tensor, float]:
         """Mean (B, N, C) and standard deviation of x at `next_time`."""

@@ -1,4 +1,4 @@
-"""The adaptive solver by itself, and samplers by name."""
+"""The steps of our solvers, each by itself."""
 
 from __future__ import annotations
 
@@ -7,10 +7,59 @@ import math
 import pytest
 import torch
 
-from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS, make_sampler
+from gpstoken_diffusers.schedulers.flow_time import data_times, set_timesteps
 from gpstoken_diffusers.schedulers.scheduling_dopri5 import FlowMatchDopri5Scheduler
+from gpstoken_diffusers.schedulers.scheduling_gpstoken_sde import GPSTokenSDEScheduler
 
 START = torch.linspace(-1, 1, 12).view(1, 4, 3)
+
+STATES = torch.randn(3, 1, 6, 5, generator=torch.Generator().manual_seed(0))
+
+# The exponential solver of the SDE
+
+
+def test_one_exponential_step_by_hand():
+    scheduler = GPSTokenSDEScheduler()
+    set_timesteps(scheduler, 4, strength=0.75)
+    sample, velocity, noise = STATES
+    # From t = 1/4 to 1/2: odds 1/3 and 1, so r = 1/3; the prediction of the data is x + 3/4 v.
+    stepped = scheduler.step(-velocity, scheduler.timesteps[1], sample, noise=noise).prev_sample
+    expected = (0.5 / 0.75) / 3 * sample + 0.5 * (8 / 9) * (sample + 0.75 * velocity) + 0.5 * math.sqrt(8 / 9) * noise
+    torch.testing.assert_close(stepped, expected)
+
+
+def test_first_and_last_exponential_step():
+    scheduler = GPSTokenSDEScheduler()
+    sample, velocity, noise = STATES
+    set_timesteps(scheduler, 2)
+    assert data_times(scheduler)[0] == 0
+    first = scheduler.step(-velocity, scheduler.timesteps[0], sample, noise=noise).prev_sample
+    # Of pure noise nothing is kept.
+    torch.testing.assert_close(first, 0.5 * (sample + velocity) + 0.5 * noise)
+    last = scheduler.step(-velocity, scheduler.timesteps[1], first, noise=noise).prev_sample
+    torch.testing.assert_close(last, first + 0.5 * velocity)
+
+
+@pytest.mark.parametrize("start, end", [(0.002, 0.02), (0.1, 0.15), (0.3, 0.9), (0.9, 0.99)])
+def test_second_order_is_exact_for_a_prediction_linear_in_time(start, end):
+    """The mean of x for m(t) = t, integrated finely by the first order, in one step of the second."""
+    torch.manual_seed(0)
+    start_state = torch.randn(1, 3, 2, dtype=torch.float64)
+    state, zero = start_state, torch.zeros(1, 3, 2)
+    fine = torch.linspace(start, end, 4001, dtype=torch.float64).tolist()
+    for time, next_time in zip(fine, fine[1:], strict=False):
+        kept = time * (1 - next_time) / (next_time * (1 - time))
+        middle = (time + next_time) / 2
+        state = (1 - next_time) / (1 - time) * kept * state + next_time * (1 - kept**2) * middle
+    scheduler = GPSTokenSDEScheduler()
+    scheduler.set_timesteps(3)
+    previous = start / 2
+    scheduler.sigmas = 1 - torch.tensor([previous, start, end, 1.0], dtype=torch.float64)
+    for index, (time, sample) in enumerate([(previous, zero), (start, start_state.float())]):
+        velocity = (time - sample) / (1 - time)
+        stepped = scheduler.step(-velocity, scheduler.timesteps[index], sample, noise=zero).prev_sample
+    torch.testing.assert_close(stepped, state.float(), atol=2e-5, rtol=0)
+
 
 # The adaptive solver
 
@@ -108,21 +157,16 @@ def test_half_precision_goes_in_and_out():
     torch.testing.assert_close(ended.float(), START * math.exp(-1), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("start_time", [-0.1, 1.0, float("nan")])
-def test_impossible_starts(start_time):
-    with pytest.raises(ValueError, match="start_time must be at least 0 and less than 1"):
-        FlowMatchDopri5Scheduler().integrate(lambda sample, time: sample, START, start_time=start_time)
-
-
-@pytest.mark.parametrize("tolerances", [(0, 1e-3), (-1e-6, 1e-3), (1e-6, -1.0), (float("nan"), 1e-3)])
-def test_impossible_tolerances(tolerances):
-    with pytest.raises(ValueError, match="atol must be greater than 0, and rtol at least 0"):
-        FlowMatchDopri5Scheduler(*tolerances)
-
-
-def test_settings_of_another_diffusion():
-    with pytest.raises(ValueError, match="FlowMatchDopri5Scheduler has prediction_type='epsilon'"):
-        FlowMatchDopri5Scheduler(prediction_type="epsilon")
+@pytest.mark.parametrize("act, message", [
+    *((lambda start=start: FlowMatchDopri5Scheduler().integrate(lambda sample, time: sample, START, start_time=start),
+       "start_time must be at least 0 and less than 1") for start in (-0.1, 1.0, float("nan"))),
+    *((lambda tolerances=tolerances: FlowMatchDopri5Scheduler(*tolerances),
+       "atol must be greater than 0, and rtol at least 0")
+      for tolerances in ((0, 1e-3), (-1e-6, 1e-3), (1e-6, -1.0), (float("nan"), 1e-3))),
+])  # fmt: skip
+def test_mistakes(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
 
 
 @pytest.mark.parametrize(
@@ -148,49 +192,3 @@ def test_tolerances_that_cannot_be_met():
         FlowMatchDopri5Scheduler(atol=1e-10, rtol=0).integrate(velocity, START)
 
 
-# Samplers by name
-
-
-@pytest.mark.parametrize("name", SAMPLER_PRESETS)
-def test_every_preset_makes_a_fresh_scheduler(name):
-    preset = SAMPLER_PRESETS[name]
-    first, num_inference_steps = make_sampler(name)
-    second, _ = make_sampler(name)
-    assert type(first) is type(second) and first is not second
-    if preset.num_steps is None:
-        assert num_inference_steps is None and preset.evaluations is None
-        assert make_sampler(name, 7)[1] is None
-    else:
-        assert num_inference_steps == preset.inference_steps(preset.num_steps)
-        assert make_sampler(name, 7)[1] == preset.inference_steps(7)
-    assert name in make_sampler.__doc__ and preset.description
-
-
-def test_official_defaults():
-    scheduler, num_steps = make_sampler("official-sde")
-    assert (scheduler.config.sde_solver, num_steps) == ("euler_maruyama", 250)
-    scheduler, _ = make_sampler("official-ode")
-    assert (scheduler.config.atol, scheduler.config.rtol) == (1e-6, 1e-3)
-    assert make_sampler("official-ode-euler")[1] == 249
-    assert make_sampler("sde")[0].config.sde_solver == "exponential"
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("uni-pc", "There is no sampler 'uni-pc'. Did you mean 'unipc'"),
-        ("Heun", "Did you mean 'heun'"),
-        ("offical-sde", "Did you mean 'official-sde'"),
-        ("xyzzy", "There is no sampler 'xyzzy'. Choose one of official-sde, official-ode, "),
-        (None, "There is no sampler None"),
-    ],
-)
-def test_unknown_names(name, message):
-    with pytest.raises(ValueError, match=message):
-        make_sampler(name)
-
-
-@pytest.mark.parametrize("name, num_steps", [("sde", 0), ("official-sde", 1), ("official-ode-euler", 1), ("heun", 1.5)])
-def test_too_few_steps(name, num_steps):
-    with pytest.raises(ValueError, match="num_inference_steps must be an integer of at least"):
-        make_sampler(name, num_steps)

@@ -13,6 +13,18 @@ from gpstoken_diffusers import (
     GPSTokenTransformerModel,
 )
 
+# The sizes of the reference's small generator (sit_small_config.json), in this package's names.
+SMALL_GENERATOR = {
+    "texture_channels": 16,
+    "num_tokens": 128,
+    "num_classes": 10,
+    "hidden_size": 96,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "learn_sigma": True,
+    "position_table": True,
+}
+
 LABELS = {0: "Animals & Nature", 1: "Food & Drink", 2: "tench, Tinca tinca"}
 
 
