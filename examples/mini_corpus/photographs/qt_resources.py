@@ -33,7 +33,7 @@ class QtResources:
         version, self._tree, self._files, self._names = self._unpack(">4I", 4)
         if version not in (1, 2, 3):
             raise ValueError(f"Qt resource file of version {version}, expected 1, 2 or 3")
-        self._node_size = 14 if version == 1 else 22
+        self._node = ">IHII" if version == 1 else ">IHII8x"
         self._entries = self._walk()
 
     def names(self) -> list[str]:
@@ -45,28 +45,16 @@ class QtResources:
 
         Raises:
             KeyError: there is no such file.
-            ValueError: its data is damaged.
-            ModuleNotFoundError: it is packed with zstd and the package `zstandard` is not installed.
+            ValueError: its data is damaged, or packed with zstd, as in none of our sources.
         """
         flags, offset = self._entries[name]
         (size,) = self._unpack(">I", self._files + offset)
-        content = self._slice(self._files + offset + 4, size)
-        if flags & _ZLIB:
-            return self._inflate(name, content)
+        (content,) = self._unpack(f">{size}s", self._files + offset + 4)
         if flags & _ZSTD:
-            import zstandard  # not a dependency: none of our sources needs it so far
-
-            try:
-                return zstandard.ZstdDecompressor().decompress(content)
-            except zstandard.ZstdError as error:
-                raise ValueError(f"damaged Qt resource file: {name} does not unpack ({error})") from error
-        return content
-
-    @staticmethod
-    def _inflate(name: str, content: bytes) -> bytes:
-        if len(content) < 4:
-            raise ValueError(f"damaged Qt resource file: {name} lacks its size")
-        (size,) = struct.unpack_from(">I", content)
+            raise ValueError(f"Qt resource file: {name} is packed with zstd, expected zlib")
+        if not flags & _ZLIB:
+            return content
+        (size,) = self._unpack(">I", self._files + offset + 4)
         unpacker = zlib.decompressobj()
         try:
             # One byte more than announced is enough to notice a lie, and no lie can fill the memory.
@@ -79,43 +67,37 @@ class QtResources:
 
     def _walk(self) -> dict[str, tuple[int, int]]:
         """Path -> (flags, data offset) of every file below node 0, the root."""
-        entries = {}
-        seen = set()
-        todo = [(0, "")]
-        while todo:
-            node, parent = todo.pop()
+        entries, seen = {}, set()
+        unfinished = [(iter([0]), "")]
+        while unfinished:
+            nodes, folder = unfinished[-1]
+            node = next(nodes, None)
+            if node is None:
+                unfinished.pop()
+                continue
             if node in seen:
                 raise ValueError(f"damaged Qt resource file: node {node} of its tree is reached twice")
             seen.add(node)
-            fields = self._slice(self._tree + node * self._node_size, self._node_size)
-            name_offset, flags = struct.unpack_from(">IH", fields)
-            path = parent + self._name(name_offset) if node else ""
+            start = self._tree + node * struct.calcsize(self._node)
+            # A folder's children: how many, from which on. A file: country and language, where its data is.
+            name_offset, flags, first, second = self._unpack(self._node, start)
+            path = folder + self._name(name_offset) if node else ""
             if flags & _FOLDER:
-                count, first = struct.unpack_from(">II", fields, 6)
-                if len(seen) + len(todo) + count > len(self._data) // self._node_size:
-                    raise ValueError(f"damaged Qt resource file: it announces a folder of {count} files")
-                below = path + "/" if node else ""
-                todo.extend((first + child, below) for child in reversed(range(count)))
+                unfinished.append((iter(range(second, second + first)), f"{path}/" if node else ""))
             else:
-                (offset,) = struct.unpack_from(">I", fields, 10)
-                entries[path] = (flags, offset)
+                entries[path] = (flags, second)
         return entries
 
     def _name(self, offset: int) -> str:
         (length,) = self._unpack(">H", self._names + offset)
+        (units,) = self._unpack(f">{2 * length}s", self._names + offset + 6)
         try:
-            return self._slice(self._names + offset + 6, 2 * length).decode("utf-16-be")
+            return units.decode("utf-16-be")
         except UnicodeDecodeError as error:
-            at = self._names + offset
-            raise ValueError(f"damaged Qt resource file: the name at byte {at} is no text") from error
+            raise ValueError(f"damaged Qt resource file: the name {units!r} is no text") from error
 
-    def _unpack(self, layout: str, offset: int) -> tuple[int, ...]:
-        return struct.unpack(layout, self._slice(offset, struct.calcsize(layout)))
-
-    def _slice(self, offset: int, size: int) -> bytes:
-        if offset + size > len(self._data):
-            raise ValueError(
-                f"damaged Qt resource file: it points to bytes {offset} to {offset + size} "
-                f"and has only {len(self._data)}"
-            )
-        return self._data[offset : offset + size]
+    def _unpack(self, layout: str, offset: int) -> tuple:
+        try:
+            return struct.unpack_from(layout, self._data, offset)
+        except struct.error as error:
+            raise ValueError(f"damaged Qt resource file: {error}") from error
