@@ -1,10 +1,10 @@
 """What a user did to Gaussians in an editor, as text that a workflow can carry.
 
-It is a state, not a list of operations: where changed Gaussians lie now, which ones are gone, and which came. However
-long somebody edits, the text stays as short as the result is simple.
+It is a state, not a list of operations: where changed Gaussians lie now, which are gone, and which were added. So the
+text does not grow with the time spent editing.
 
-Edits name tokens by their index, which says nothing about a picture that has another layout. So they carry a
-fingerprint of the one that they were made on.
+Edits name tokens by index, which means nothing for another layout. So they carry a fingerprint of the layout that they
+were made on.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _VERSION_WITHOUT_FINGERPRINT = 1
 _LARGEST = 100.0
 _KEYS = ("version", "num_tokens", "changed", "deleted", "added")
 
-# Root mean square difference of two layouts' geometry up to which they count as the same. Networks that compute in
-# bfloat16 instead of float32 make 2e-4. A change of a few pixels that reorders the partition, by which a token's index
-# comes to name another one, makes 0.05 or more, other pictures 0.4 (all measured with gpstoken-mini, 16 to 256 tokens).
+# Two layouts whose geometry differs by at most this root mean square count as the same. Computing in bfloat16 instead
+# of float32 makes 2e-4. A change of a few pixels that reorders the partition makes 0.05 or more, another picture 0.4
+# (all measured with gpstoken-mini, 16 to 256 tokens).
 _SAME_LAYOUT = 0.01
 _FINGERPRINT_UNIT = 1e-4  # so that a fingerprint is short integers, which pass through JSON and the page unchanged
 _FINGERPRINT_NUMBERS = 8
@@ -84,7 +84,7 @@ class LayoutEdits:
         num_tokens: how many tokens the picture has that was edited; all indices count those, from 0.
         changed: index -> where that token lies now.
         deleted: indices of tokens that are gone; none of them is in `changed`.
-        added: tokens that came, in their order; the source of one may be deleted or changed.
+        added: new tokens in their order; the source of one may be deleted or changed.
         fingerprint: [`layout_fingerprint`] of the layout that was edited; None takes any with as many tokens.
     """
 
@@ -154,8 +154,8 @@ class LayoutEdits:
     def is_foreign_to(self, tokens: GPSTokens) -> bool:
         """Whether they were made on another layout, which has as many tokens as this picture by chance.
 
-        Never if they change nothing or have no fingerprint. Pictures to which they cannot be applied at all (several,
-        or another number of tokens) are not meant: `apply` refuses those.
+        False if they change nothing or have no fingerprint, and for pictures that `apply` refuses anyway (several, or
+        another number of tokens).
         """
         if self.is_empty or self.fingerprint is None or (tokens.batch_size, tokens.num_tokens) != (1, self.num_tokens):
             return False

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
 from .geometry import merge_tile_geometry
 from .layouts.of_pictures import partition_tiles
 from .layouts.requested import layout_from_mask
+from .picture_files import IMAGE_SUFFIXES, mask_levels, open_picture, upright_rgb
 from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
 from .tokens import GPSTokens
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ImageLike = Image.Image | np.ndarray | Tensor
+_Read = TypeVar("_Read")
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Files that are taken for pictures when a folder or an archive is searched, in any case of letters."""
+__all__ = ["IMAGE_SUFFIXES", "GPSTokenImageProcessor", "upright_rgb"]
 
 
 class GPSTokenImageProcessorSettings(TypedDict, total=False):
@@ -162,7 +163,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
     def layout_from_mask(
         self, masks: ImageLike | Sequence[ImageLike], num_tokens: int | None = None, strength: float = 8.0
     ) -> GPSTokens:
-        """Layouts that nobody's picture has: tokens where masks are bright, see [`layout_from_mask`].
+        """Layouts without a picture: tokens where masks are bright, see [`layout_from_mask`].
 
         Args:
             masks: grey pictures or booleans, as `importance` of [`preprocess`].
@@ -183,29 +184,20 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
 
     @staticmethod
     def load_image(path: str | os.PathLike, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
-        """Reads an image file as an upright RGB picture (EXIF orientation applied, transparency laid on `background`).
+        """Reads an image file as [`upright_rgb`] makes it: upright, in sRGB, transparency laid on `background`.
+
+        Of several frames or pages it reads the first.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: an empty file, one that is no image, or a damaged one.
+            ValueError: an empty file, one that is no image in a raster format, or a damaged one.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"No image file at {path}.")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty (0 bytes), so it holds no image.")
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return upright_rgb(image, background)
-        except PermissionError:
-            raise
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is not an image in a format that Pillow reads.") from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{path} is larger than Pillow allows: {error}") from error
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path} is damaged or truncated: {error}.") from error
+        return _read(path, lambda image: upright_rgb(image, background))
+
+    @staticmethod
+    def load_mask(path: str | os.PathLike) -> np.ndarray:
+        """Reads an image file as a mask, (H, W) float32 in [0, 1], by [`mask_levels`]. Raises as [`load_image`]."""
+        return _read(path, mask_levels)
 
     def _fit_and_stack(self, pictures: list[Tensor], what: str) -> Tensor:
         """Applies the resize and crop policy: (C, H, W) each -> (B, C, H', W')."""
@@ -260,6 +252,26 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         return Image.fromarray(array)
 
 
+def _read(path: str | os.PathLike, convert: Callable[[Image.Image], _Read]) -> _Read:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No image file at {path}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes), so it holds no image.")
+    try:
+        with open_picture(path) as image:
+            return convert(image)
+    except (PermissionError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image in a raster format that Pillow reads.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is larger than Pillow allows: {error}") from error
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+        what = "cannot be used" if isinstance(error, ValueError) else "is damaged or truncated"
+        raise ValueError(f"{path} {what}: {str(error) or type(error).__name__}") from error
+
+
 def _unit_values(sample: Tensor) -> Tensor:
     """Values around [-1, 1] in [0, 1], float32 on the CPU. Raises ValueError for NaN."""
     unit = (sample.float().cpu() / 2 + 0.5).clamp(0, 1)
@@ -278,16 +290,12 @@ def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     raise TypeError(f"images must be PIL images, numpy arrays or tensors, got {type(images).__name__}.")
 
 
-def upright_rgb(image: Image.Image, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
-    """A picture of any mode, turned as its camera says and laid on a colour where it is transparent, in RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-    if image.mode.startswith("I"):
-        # Pillow would clip 16-bit gray to its lowest 8 bits.
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+def _check_kind(image: ImageLike) -> None:
+    if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
+        raise TypeError(f"An image must be a PIL image, a numpy array or a tensor, got {type(image).__name__}.")
+    shape = image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape)
+    if 0 in shape:
+        raise ValueError(f"An image must have at least one pixel, got the shape {shape}.")
 
 
 def _planes(image: np.ndarray | Tensor) -> Tensor:
@@ -314,7 +322,7 @@ def _check_unit_floats(values: Tensor, what: str) -> None:
         )
 
 
-# Of a large picture, so that what comes between 8 bits and float32 is not there for all of it.
+# Rows of a large picture to convert at once, so that intermediate values do not exist for all of it.
 _ROWS_AT_ONCE = 256
 
 # v / 127.5 - 1 of all 8-bit values v, rounded once.
@@ -323,8 +331,7 @@ _VALUE_OF_BYTE = (np.arange(256) / 127.5 - 1).astype(np.float32)
 
 def _to_pixel_values(image: ImageLike, background: Sequence[int]) -> Tensor:
     """Any picture as (3, H, W) float32 in [-1, 1]; 8-bit values v become v / 127.5 - 1, rounded once."""
-    if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
-        raise TypeError(f"An image must be a PIL image, a numpy array or a tensor, got {type(image).__name__}.")
+    _check_kind(image)
     if not isinstance(image, Image.Image):
         values = _planes(image)
         if values.dtype != torch.uint8:
@@ -346,8 +353,9 @@ def _to_pixel_values(image: ImageLike, background: Sequence[int]) -> Tensor:
 
 def _to_importance(image: ImageLike) -> Tensor:
     """A gray picture, an array or a tensor as a map (1, H, W) float32 in [0, 1]."""
+    _check_kind(image)
     if isinstance(image, Image.Image):
-        image = np.asarray(ImageOps.exif_transpose(image).convert("L"))
+        image = mask_levels(image)
     values = _planes(image)
     if values.shape[0] != 1:
         raise ValueError(f"An importance map has one channel, got {values.shape[0]}.")

@@ -1,20 +1,19 @@
 """Editing pictures by their tokens: select, move, scale, rotate, delete, duplicate, recompose.
 
-Every function takes GPSTokens and returns new ones; nothing is changed in place, and geometry, texture and numbers
-given as tensors get their gradients. Lengths are in pixels of the picture (`_px`): x to the right, y downwards, and
-pixel i is centred at i.
+Every function takes GPSTokens and returns new ones. Gradients reach geometry, texture, and numbers given as tensors.
+Lengths are in pixels of the picture (`_px`): x to the right, y downwards, and pixel i is centred at i.
 
 A selection is a boolean mask of tokens, (N,) for all images alike or (B, N); combine several by `&`, `|` and `~`.
 
 What edits can and cannot do:
 
-- A token's texture is what its own frame holds. It is stretched with its Gaussian, but not turned or mirrored: after
-  `rotate_tokens` and `flip_tokens` the Gaussians lie where they should, and each shows its own inside upright. The
-  finer the tokens, the less that matters.
-- With the lattice decoder an edit changes pixels nearby and leaves the rest exactly as it was. The map decoder has
-  statistics over the whole map, so that every pixel changes a little.
-- A token may be moved into the area of another tile: decoders that merge tiles draw it there. One that decodes tile by
-  tile does not, for it draws each tile from that tile's own tokens: give `retile_tokens` the result first.
+- A texture is stretched with its Gaussian, but not turned or mirrored: after `rotate_tokens` and `flip_tokens` the
+  Gaussians lie where they should, while the detail within each stays upright. The smaller the tokens, the less this
+  shows.
+- With the lattice decoder an edit changes nearby pixels and leaves the rest exactly as it was. The map decoder
+  normalises over the whole map, so every pixel changes a little.
+- A token may move into another tile. Decoders that merge tiles draw it there. A decoder that works tile by tile draws
+  each tile from that tile's own tokens alone: call `retile_tokens` first.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .geometry import CENTER, RHO, SIGMA, bounded
 from .tokens import GPSTokens
 
 DELETED_GEOMETRY = (1e-3, 1e-3, 0.0, 3.0, 3.0)
-"""Where deleted tokens lie: beyond the right and bottom edge by as much as the whole canvas measures."""
+"""Where deleted tokens lie: a whole canvas beyond the right and bottom edge."""
 
 # Selections
 
@@ -98,7 +97,7 @@ def select_by_size(tokens: GPSTokens, smallest_px: float = 0.0, largest_px: floa
 
 
 def deleted_tokens(tokens: GPSTokens) -> Tensor:
-    """Which tokens `delete_tokens` took away, or fill up an image: (B, N) bool."""
+    """Which tokens are deleted, by `delete_tokens` or because a tile had to be filled up: (B, N) bool."""
     return (tokens.geometry.detach() == tokens.geometry.new_tensor(DELETED_GEOMETRY)).all(dim=-1)
 
 
@@ -110,7 +109,7 @@ def move_tokens(
 ) -> GPSTokens:
     """Shifts the selected tokens to the right and down, each by a number or a tensor of one element.
 
-    Steps of whole map pixels (sample_size / map_size; 4 in the released models) move the painted features as they are.
+    Steps of whole map pixels (sample_size / map_size; 4 in the released models) move the painted features unchanged.
     """
     selected = _editable(tokens, selection)
     step = torch.stack([torch.as_tensor(d, dtype=torch.float32, device=tokens.device) for d in (dx_px, dy_px)])
@@ -185,7 +184,7 @@ def transform_tokens(
     center = (tokens.geometry[..., CENTER] + 1) * half
     if about_px is None:
         weight = root_of_determinant(tokens.geometry, half) * selected
-        # An image without selected tokens has no middle, and needs none.
+        # An image without selected tokens needs no middle, but must not divide by 0.
         total = weight.sum(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)
         about = ((weight[..., None] * center).sum(dim=1) / total[:, None])[:, None]
     else:
@@ -202,12 +201,12 @@ def transform_tokens(
 def delete_tokens(tokens: GPSTokens, selection: Tensor) -> GPSTokens:
     """Takes the selected tokens out of the picture, and keeps their places in the tensors.
 
-    All images of a batch and all tiles must hold equally many tokens, so a deleted one stays, at
-    `DELETED_GEOMETRY`, beyond the canvas and with zero texture. It paints nothing with any decoder. (Zero texture
-    alone would do for the map decoder, which sums; the lattice decoder turns any texture into features, and counts the
-    painted weight besides.) Other edits leave it where it is; `compact_tokens` removes it where that is possible.
+    All images of a batch and all tiles must hold equally many tokens, so a deleted one stays, at `DELETED_GEOMETRY`
+    beyond the canvas and with zero texture. No decoder paints it. (Zero texture alone would do for the map decoder,
+    which sums, but not for the lattice decoder, which also counts the painted weight.) Other edits leave it where it
+    is; `compact_tokens` removes it where possible.
 
-    Where nothing else paints, the decoder shows what it makes of an empty map: a hole, not the background.
+    Where no other token paints, the decoder shows what it makes of an empty map: a hole, not the background.
     """
     selected = _fitting(tokens, selection)[..., None]
     return replace(
@@ -238,12 +237,12 @@ def duplicate_tokens(
 
 
 def exchange_tokens(tokens: GPSTokens, away: Tensor, sources: Sequence[int], geometry: Tensor) -> GPSTokens:
-    """Takes tokens away for good, and adds Gaussians that show what others show, those taken away among them.
+    """Removes tokens, and adds Gaussians with the textures of others, which may be among those removed.
 
     Args:
         tokens: B images.
         away: (N,) or (B, N) bool, a selection.
-        sources: K indices of tokens of which the new ones have the textures and the tiles.
+        sources: K indices of the tokens whose textures and tiles the new ones take.
         geometry: (K, 5), where the new ones lie in all images.
 
     Returns: tokens in the order of [`duplicate_tokens`], of which each tile has as many places as the fullest one
@@ -285,7 +284,7 @@ def merge_tokens(outside: GPSTokens, inside: GPSTokens, mask: Tensor) -> GPSToke
 
 
 def retile_tokens(tokens: GPSTokens) -> GPSTokens:
-    """Gives each token to the tile that its centre lies in, or the nearest one; for decoding tile by tile after edits.
+    """Assigns each token to the tile that holds its centre, or the nearest; for decoding tile by tile after edits.
 
     Returns: tokens of which each tile has as many places as the fullest one needs.
     """

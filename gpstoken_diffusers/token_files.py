@@ -19,11 +19,11 @@ coordinates of the token's own tile, where the tile spans 2:
     x, y = u k, where u = max(s sigma sqrt(1 - rho^2), 2^-14) with the decoded sigma (of that axis) and rho
     texture = low + k (high - low) / (2^bits - 1)
 
-Nothing is ever off by more than half a step. The step of a centre is a fraction of how far the Gaussian reaches along
-that axis with the other coordinate held, so that small tokens are placed as well, for their size, as large ones,
-whatever the picture's size, and a token's error does not depend on any other token. 2^-14 is 1/128 pixel of a tile of
-256. The geometry's step is where a byte spent on it gains as much as one spent on the texture: on photographs it takes
-a sixth of the bytes and makes a sixth of the squared error. `tests/benchmarks/benchmark_token_files.py` measures it.
+No number is off by more than half a step. The step of a centre is a fraction of the Gaussian's reach along that axis
+with the other coordinate fixed: a small token is placed as exactly for its size as a large one, whatever the size of
+the picture, and no token's error depends on another token. 2^-14 is 1/128 pixel of a tile of 256. The geometry's step
+is chosen so that a byte more for geometry gains as much as a byte more for texture: on photographs geometry takes a
+sixth of the bytes and makes a sixth of the squared error. `tests/benchmarks/benchmark_token_files.py` measures it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def load_tokens(path: str | os.PathLike, kind: type[Tokens]) -> Tokens:
         if bits is None:
             raise ValueError(f"their encoding reads {header['encoding']!r}, not uint8")
         codes, texture_codes, ranges = _unpack(tensors["payload"], shape)
-        # Without numbers first: a tile grid that does not fit the shape is refused before it is used.
+        # Tensors without numbers, to check that the tile grid fits the shape before it is used.
         blank = (torch.empty(*shape[:2], channels, device="meta") for channels in (GEOMETRY_CHANNELS, shape[2]))
         geometry = _decode_geometry(codes, bits, kind(*blank, **sizes).tile_grid)
         return kind(geometry, _decode_texture(texture_codes, ranges, bits), **sizes).validate()
@@ -164,7 +164,7 @@ def _cast(texture: Tensor, dtype: str) -> Tensor:
     return cast
 
 
-# Quantisation: all of it in float64, whose rounding is far below any step
+# Quantisation, in float64, whose rounding is far below any step
 
 
 def _encode_geometry(tokens: Tokens, bits: int) -> Tensor:
@@ -194,8 +194,8 @@ def _decode_geometry(codes: Tensor, bits: int, tile_grid: tuple[int, int]) -> Te
     geometry = torch.cat([(sigma * step).exp(), (rho * step).tanh(), center], dim=-1)
     num_tiles = tile_grid[0] * tile_grid[1]
     merged = merge_tile_geometry(geometry.unflatten(1, (num_tiles, -1)).flatten(0, 1), tile_grid)
-    # Half a step may lead to infinity; not to a sigma of 0, as the smallest float32 begins at half its size, nor to a
-    # correlation of 1, as atanh is at most 8.7 for a float32 below 1, and tanh rounds to 1 from 9.01 on.
+    # Half a step can overflow float32, hence the clamp. It cannot make a sigma 0, since the smallest float32 begins at
+    # half its size, nor rho 1, since atanh of a float32 below 1 is at most 8.7 and tanh rounds to 1 from 9.01 on.
     return merged.clamp(-_LARGEST, _LARGEST).float()
 
 
@@ -211,7 +211,7 @@ def _encode_texture(texture: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     texture = texture.float()
     ranges = torch.stack([texture.amin(1), texture.amax(1)], dim=-1)
     low, high = ranges.double().unbind(-1)
-    # A channel that is the same everywhere has no step; with any other its codes are 0, and not 0 / 0.
+    # A constant channel has a step of 0; divided by 1 instead, its codes are 0 and not 0 / 0.
     step = ((high - low) / (2**bits - 1)).masked_fill(high == low, 1.0)
     codes = ((texture.double() - low[:, None]) / step[:, None]).round()
     return codes.permute(2, 0, 1).to(torch.uint8), ranges

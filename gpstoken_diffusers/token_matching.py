@@ -1,4 +1,4 @@
-"""Two pictures, token by token: which Gaussian goes with which, exchange of textures, and pictures in between."""
+"""Two pictures, token by token: matching their Gaussians, swapping textures, interpolating between them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def match_tokens(tokens: GPSTokens, others: GPSTokens) -> Tensor:
 
     Among all permutations it is one with the least sum of squared 2-Wasserstein distances in pixels,
     |c1 - c2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), found by shortest augmenting paths in float64. Equal layouts
-    are matched in their order. Tiles are matched each by itself. The search grows with n^3 in the worst case.
+    are matched in order, and tiles separately. The time grows with n^3 in the worst case.
 
     Args:
-        tokens, others: equally many images, tiles and tokens, of pictures of any size; the second picture is thought
-            stretched to the size of the first.
+        tokens, others: equally many images, tiles and tokens, of pictures of any size; the second picture is
+            treated as stretched to the size of the first.
 
     Returns: (B, N) long: token i of `tokens` goes with token `matching[b, i]` of `others`.
 
@@ -62,7 +62,7 @@ def swap_texture(layout: GPSTokens, texture: GPSTokens, matching: Tensor | None 
 def interpolate_tokens(
     start: GPSTokens, end: GPSTokens, weight: float | Tensor, matching: Tensor | None = None
 ) -> GPSTokens:
-    """A picture between two: every Gaussian travels to its counterpart.
+    """A picture between two: every Gaussian moves towards its counterpart.
 
     Centres and textures go along straight lines, covariances along the geodesic of the 2-Wasserstein distance, by which
     they are matched: axis-aligned sigmas change linearly, and a turned Gaussian keeps its width while it turns.
@@ -95,7 +95,7 @@ def interpolate_tokens(
     step = torch.lerp(still, straight, weight[..., None])
     covariance = step @ covariance_px(start.geometry, half) @ step.mT
     between = from_covariance_px(covariance, (center + 1) * half, half)
-    # The way through covariances rounds; the ends stay as they are.
+    # Covariances round; the two ends are exact.
     geometry = torch.where(weight == 0, start.geometry, torch.where(weight == 1, target, between))
     return replace(start, geometry=geometry, texture=texture)
 

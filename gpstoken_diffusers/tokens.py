@@ -21,20 +21,20 @@ _TEXTURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class GPSTokens:
     """A batch of images, each as N Gaussians with a texture vector.
 
-    Shapes, dtypes and sizes are checked when the value is made; the numbers themselves are not, because that
-    would wait for the device at each step: `validate()` does it, and `save` and `load` call it.
+    Shapes, dtypes and sizes are checked on construction. The numbers are not, because that would wait for the device
+    at each step: `validate()` checks them, and `save` and `load` call it.
 
     Attributes:
         geometry: (B, N, 5) float32, (sigma_x, sigma_y, rho, x, y) in [-1, 1] coordinates of the canvas.
         texture: (B, N, C) float32, float16 or bfloat16, on the same device; C = 0 for a layout, which shows nothing.
         image_size: (height, width) in pixels of the picture that the tokens stand for.
-        tile_grid: (rows, columns) of the tiles that were encoded apart. Tokens are tile-major: those of the
+        tile_grid: (rows, columns) of the tiles that were encoded separately. Tokens are tile-major: those of the
             first tile, then those of the next in its row, and so on; N = rows * columns * tokens_per_tile.
         canvas_size: (height, width) in pixels of the picture padded at its right and bottom to whole tiles;
             None (the default) stands for `image_size`.
 
     Raises:
-        TypeError: a field is of another type or dtype.
+        TypeError: a field has the wrong type or dtype.
         ValueError: shapes or sizes do not fit together.
     """
 
@@ -255,7 +255,7 @@ class GPSTokens:
         tile_grid: tuple[int, int] = (1, 1),
         canvas_size: tuple[int, int] | None = None,
     ) -> GPSTokens:
-        """The way back from `as_tensor`. `tensor` is (B, N, 5 + C); the texture keeps its dtype.
+        """Undoes `as_tensor`. `tensor` is (B, N, 5 + C), C >= 1; the texture keeps its dtype.
 
         Raises:
             ValueError: another shape, or sizes that do not fit.

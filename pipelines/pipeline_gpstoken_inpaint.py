@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from gpstoken_diffusers.image_processor import ImageLike
+from gpstoken_diffusers.picture_files import mask_levels
 from gpstoken_diffusers.token_editing import select_by_mask
 from gpstoken_diffusers.tokens import GPSTokens
 
@@ -125,7 +126,7 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
 def _planes(mask: ImageLike) -> list[Tensor]:
     """A mask, or a batch of them, as floats in [0, 1], each (H, W)."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
+        mask = mask_levels(mask)
     if not isinstance(mask, (np.ndarray, Tensor)):
         raise TypeError(f"mask must be PIL images, numpy arrays or tensors, got {type(mask).__name__}.")
     values = torch.as_tensor(np.array(mask) if isinstance(mask, np.ndarray) else mask.detach().cpu())

@@ -71,7 +71,7 @@ class Codec:
             ValueError: a file that is no picture, a mask of another size, too many tokens or too few.
         """
         picture = self.processor.load_image(path, self.processor.background)
-        mask = None if importance is None else self.processor.load_image(importance).convert("L")
+        mask = None if importance is None else self.processor.load_mask(importance)
         features = self.processor(
             picture, num_tokens=num_tokens, importance=mask, importance_strength=importance_strength
         )

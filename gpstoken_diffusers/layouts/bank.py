@@ -25,7 +25,7 @@ _CLASSES_SHOWN = 12
 
 
 class LayoutBank:
-    """Layouts of real images and the class of each; a class without layouts may have a name all the same.
+    """Layouts of real images and the class of each; a class without layouts may have a name too.
 
     Attributes:
         layouts: (n, N, 5) float32 on the CPU: initial Gaussians (sigma_x, sigma_y, rho, x, y) in [-1, 1]
@@ -42,7 +42,7 @@ class LayoutBank:
         Raises:
             TypeError: layouts that are not a tensor of floats, labels that are not integers, or id2label of other
                 types.
-            ValueError: shapes that do not fit, a negative label, or a layout that is none: NaN or infinite values,
+            ValueError: shapes that do not fit, a negative label, or an impossible layout: NaN or infinite values,
                 sigma <= 0 or |rho| >= 1 (the message names the first).
         """
         if not isinstance(layouts, torch.Tensor) or not layouts.is_floating_point():
@@ -184,12 +184,12 @@ class LayoutBank:
     def from_official_pickle(cls, path: str | os.PathLike) -> LayoutBank:
         """Read the official `initg.pickle`: class -> list of float arrays (N, >= 5); the first 5 columns count.
 
-        Classes are integers, or text: of digits, it is taken for the integer; if any is not, all classes are numbered
-        in the file's order and `id2label` keeps the text. Nothing in the file is executed.
+        Classes are integers or text. Text of digits counts as the integer; if some class is other text, all are
+        numbered in the file's order and `id2label` keeps the text. Nothing in the file is executed.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the pickle holds anything but plain data, or other data than these; the message says what.
+            ValueError: the pickle holds anything else; the message says what.
         """
         data = read_official_layouts(path)
         numbered = all(str(name).isdecimal() for name in data)

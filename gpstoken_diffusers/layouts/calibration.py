@@ -1,7 +1,7 @@
 """Calibration of layouts: the partition nearest to predicted Gaussians.
 
-A generator of layouts predicts Gaussians that belong to no partition: they overlap and leave gaps. The encoder and
-the second stage know only Gaussians of real partitions. `calibrate_layout` goes back to those, and always arrives.
+A generator of layouts predicts Gaussians that overlap and leave gaps, but the encoder and the second stage know only
+the Gaussians of real partitions. `calibrate_layout` finds the nearest real partition, for any finite input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpstoken_diffusers.ops.partition import Partition, initial_gaussians, max_tokens
+from ..ops.partition import Partition, initial_gaussians, max_tokens
 
 __all__ = ["calibrate_layout", "check_num_tokens", "checked_sides"]
 
@@ -212,9 +212,9 @@ def calibrate_layout(
         + num_tokens / M * sum over predictions of (distance to the region that holds its centre),
 
     so that neither regions nor predictions are left out. The distance is Bhattacharyya's between a prediction and a
-    region's initial Gaussian, added over x and y: it knows no scale, and is 0 only between equals. Predicted sigmas
-    are first brought into the range of those that regions have, centres into the image; rho is ignored, since a
-    partition has none.
+    region's initial Gaussian, added over x and y: it does not depend on scale, and is 0 only between equals. Predicted
+    sigmas are first clamped to the range that regions have, and centres to the image. rho is ignored: regions have
+    none.
 
     Both sums add up over the leaves of a tree, and few different regions can occur, so dynamic programming over
     them and their numbers of leaves finds the least cost exactly, for any finite input. Hence a partition's own

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.partition import Partition, partition_image
 from ..tiling import take_tiles, tile_grid_for
 
-# So many keep the threads of a large CPU busy, and take a few tens of megabytes.
+# Enough to keep the threads of a large CPU busy, in a few tens of megabytes.
 TILES_AT_ONCE = 16
 
 
@@ -35,7 +35,7 @@ def partition_tiles(
     """
     rows, cols = tile_grid_for(*pixel_values.shape[-2:], tile_size)
     found = []
-    # At least one call, so that an empty batch gets an empty partition, or its error.
+    # Always one call, so that an empty batch gives an empty partition or the right error.
     for start in range(0, max(1, len(pixel_values) * rows * cols), tiles_at_once):
         chosen = slice(start, start + tiles_at_once)
         tiles = take_tiles(pixel_values.detach(), tile_size, chosen, torch.float32)

@@ -1,7 +1,7 @@
-"""Layouts that a user asks for: partitions after boxes that they drew, or after a mask.
+"""Layouts on request: partitions that follow boxes or a mask.
 
-No picture is needed: these are for generating, where a layout comes first. To draw the tokens of a picture somewhere,
-see the importance of `partition_image`.
+They need no picture: they are for generating, where the layout comes first. To draw the tokens of a given picture
+somewhere, use `importance` of `partition_image`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gpstoken_diffusers.layouts.calibration import calibrate_layout, check_num_tokens, checked_sides
-from gpstoken_diffusers.ops.partition import Partition, initial_gaussians, partition_image
+from ..ops.partition import Partition, initial_gaussians, partition_image
+from .calibration import calibrate_layout, check_num_tokens, checked_sides
 
 __all__ = ["layout_from_boxes", "layout_from_mask"]
 
@@ -27,12 +27,11 @@ def layout_from_boxes(
     image_size: tuple[int, int] = (256, 256),
     min_region_size: int = 8,
 ) -> Partition:
-    """A partition after boxes that a user drew in one image: tokens concentrate where the boxes are small.
+    """A partition that follows boxes in one image: tokens concentrate where the boxes are small.
 
-    Each box stands for one token, like a region. With fewer boxes than tokens, all boxes and the whole image as one
-    more are halved, as regions are, until there are enough; each gives as many pieces as the others as far as it can
-    be halved, so those of small boxes are small. `calibrate_layout` then finds the nearest partition. Boxes may
-    overlap and leave gaps.
+    Each box stands for one token, like a region. With fewer boxes than tokens, the boxes and the whole image are halved
+    as regions are until there are enough. Each gives equally many pieces, as far as it can be halved, so small boxes
+    give small pieces. `calibrate_layout` then finds the nearest partition. Boxes may overlap and leave gaps.
 
     Args:
         boxes_px: (K, 4) x0, y0, x1, y1 in pixels, the last ones inclusive: 0 <= x0 <= x1 <= width - 1, y likewise.
@@ -67,7 +66,6 @@ def layout_from_boxes(
     return calibrate_layout(predicted, num_tokens, image_size=image_size, min_region_size=min_region_size)
 
 
-
 def layout_from_mask(
     mask: torch.Tensor | np.ndarray,
     num_tokens: int,
@@ -77,8 +75,8 @@ def layout_from_mask(
 ) -> Partition:
     """A partition of an image without content: tokens concentrate where a mask is bright.
 
-    A pixel weighs 1 + strength * mask, and the region that weighs most is halved until there are enough. So regions
-    come to weigh about the same, and
+    A pixel weighs 1 + strength * mask, and the heaviest region is halved until there are enough. Regions then weigh
+    about the same, and
 
         tokens per pixel where the mask is m : where it is 0  =  1 + strength * m : 1
 
@@ -114,7 +112,7 @@ def layout_from_mask(
             f"mask: expected values in [0, 1], got {weight.min():.4g} to {weight.max():.4g}. "
             "Scale it, and set how much it counts by strength."
         )
-    # A flat image's own complexity is 4e-17 of its area, for rounding of its entropy: lost beside a weight of 1.
+    # Rounding gives a flat image a complexity of 4e-17 of its area: lost beside a weight of 1.
     found = partition_image(
         torch.zeros(weight.shape),
         num_tokens,

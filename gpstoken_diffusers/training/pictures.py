@@ -12,7 +12,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from ..image_processor import IMAGE_SUFFIXES, upright_rgb
+from ..picture_files import IMAGE_SUFFIXES, open_picture, upright_rgb
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises for files that are damaged, empty, cut off, or no pictures."""
@@ -60,7 +60,7 @@ class FolderPictures:
         return str(self.paths[index])
 
     def load(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
+        with open_picture(self.paths[index]) as image:
             return upright_rgb(image)
 
 
@@ -111,7 +111,7 @@ class TarPictures:
         with self.shards[shard].open("rb") as file:
             file.seek(offset)
             data = file.read(size)
-        with Image.open(io.BytesIO(data)) as image:
+        with open_picture(io.BytesIO(data)) as image:
             return upright_rgb(image)
 
 
@@ -154,7 +154,7 @@ class DatasetPictures:
     def load(self, index: int) -> Image.Image:
         stored = self.rows[index][self.column]
         source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
-        with Image.open(source) as image:
+        with open_picture(source) as image:
             return upright_rgb(image)
 
 
