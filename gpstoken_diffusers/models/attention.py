@@ -45,7 +45,7 @@ class TokenAttnProcessor:
 def attention_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(D)) value, all weights held at once: (B, N, heads, D) -> (B, N, heads, D)."""
     batch, _, heads, width = query.shape
-    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(1, 2).contiguous().flatten(0, 1) for tensor in (query, key, value))
     # With beta = 0 the first argument is not read; the product is scaled before it is rounded.
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=width**-0.5)
     return (scores.softmax(-1) @ value).unflatten(0, (batch, heads)).transpose(1, 2)

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from model_zoo import noise_images, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,7 +57,11 @@ def storages(tree) -> list[torch.UntypedStorage]:
 
 @pytest.fixture(scope="module")
 def mini() -> AutoencoderGPSToken:
-    return AutoencoderGPSToken.from_pretrained(MINI, dtype=torch.bfloat16).eval()
+    model = AutoencoderGPSToken.from_pretrained(MINI, dtype=torch.bfloat16).eval()
+    for processor in model.attn_processors.values():
+        # One call, as on a GPU; a CPU takes two products, with more calls and copies and less time.
+        processor._attention_backend = AttentionBackendName.NATIVE
+    return model
 
 
 @pytest.fixture
