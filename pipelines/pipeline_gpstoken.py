@@ -23,13 +23,14 @@ from gpstoken_diffusers.schedulers.guidance import Network
 from gpstoken_diffusers.schedulers.noise import sample_generators
 from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS, GPSTokens
 
-from .flow_sampling import FlowSamplingMixin, Labels, StepCallback, label_ids
+from .class_labels import Labels, label_ids
 from .portable_folder import PortableFolderMixin
+from .sampling import FlowSamplingMixin, SamplingSettings, StepCallback
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
+OUTPUT_TYPES = ("pil", "np", "pt", "tokens", "latent")
 
 
 @dataclass
@@ -38,12 +39,12 @@ class GPSTokenPipelineOutput(BaseOutput):
 
     Attributes:
         images: a list of PIL pictures, or an array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1]; None for
-            `output_type="tokens"`.
+            `output_type="tokens"`, and the tokens for "latent".
         tokens: the tokens that the pictures were decoded from.
         layout: (B, N, 5) float32, the initial Gaussians that the tokens were made for.
     """
 
-    images: list[Image.Image] | np.ndarray | Tensor | None
+    images: list[Image.Image] | np.ndarray | Tensor | GPSTokens | None
     tokens: GPSTokens
     layout: Tensor
 
@@ -58,7 +59,9 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         image_processor: tensors to pictures and back.
         layout_model: the first stage. Without it (the official release has none), each call needs a layout.
         layout_scheduler: samples the first stage.
-        id2label: names of the classes.
+        id2label: names of the classes by number; None takes those that the transformer has had in another pipeline.
+
+    Raises ValueError: parts that do not belong together.
 
     The three stages can be called apart: `generate_layout`, `generate_texture`, `decode`.
     """
@@ -85,14 +88,31 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             layout_model=layout_model,
             layout_scheduler=layout_scheduler,
         )
-        channels = transformer.config.texture_channels
-        if autoencoder.config.texture_channels != channels:
+        # Names go with the transformer, for `Pipeline(**pipe.components)`: diffusers' components leave settings out.
+        names = getattr(transformer, "_class_names", {}) if id2label is None else id2label
+        transformer._class_names = {int(number): name for number, name in names.items()}
+        # JSON has only strings for keys.
+        self.register_to_config(id2label={str(number): name for number, name in names.items()})
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raises ValueError for parts that do not belong together; users may have replaced some since the last run."""
+        channels, classes = self.transformer.config.texture_channels, self.transformer.config.num_classes
+        if self.autoencoder.config.texture_channels != channels:
             raise ValueError(
                 f"The transformer draws {channels} texture channels, the autoencoder decodes "
-                f"{autoencoder.config.texture_channels}: they do not belong together."
+                f"{self.autoencoder.config.texture_channels}: they do not belong together. Take both from one model."
             )
-        # JSON has only strings for keys.
-        self.register_to_config(id2label={str(number): name for number, name in (id2label or {}).items()})
+        if self.layout_model is not None and self.layout_model.config.num_classes != classes:
+            raise ValueError(
+                f"The transformer knows {classes} classes, the layout model {self.layout_model.config.num_classes}: "
+                "they do not belong together. Take both from one model."
+            )
+        unknown = [number for number in self.id2label if not 0 <= number < classes]
+        if unknown:
+            raise ValueError(
+                f"id2label must name classes from 0 to {classes - 1}, those of the transformer, got {unknown[0]}."
+            )
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -146,20 +166,27 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
                 with the adaptive "official-ode", as in the release, one step size serves the batch, so that a picture
                 changes a little with its companions.
             latents: (B, N, 5 + C) noise of the second stage instead of the generator's.
-            output_type: "pil", "np", "pt" or "tokens".
+            output_type: "pil", "np", "pt", "tokens", or "latent", as diffusers calls what is not decoded.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after each step of the second
                 stage; what it returns under "latents" is taken from there on.
             callback_on_step_end_tensor_inputs: what it gets; beside "latents" there is "tokens", [`GPSTokens`] of the
                 pictures as the network expects them to end, for previews.
             return_dict: whether to return a [`GPSTokenPipelineOutput`] or a tuple of its first entry (the pictures, or
-                the tokens for `output_type="tokens"`).
+                the tokens where nothing is decoded).
 
         Raises:
             ValueError: unknown labels, settings out of range, shapes that do not fit together; the message says which.
             TypeError: arguments of another type.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        self._check_request(output_type)
+        settings = SamplingSettings(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        layout_settings = SamplingSettings(layout_num_inference_steps, layout_guidance_scale)
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}.")
         labels = [label for label in self.label_ids(class_labels) for _ in range(num_images_per_label)]
@@ -169,9 +196,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
                 labels = labels * len(layout)
             if len(layout) == 1:
                 layout = layout.expand(len(labels), -1, -1)
-        generators = sample_generators(generator, len(labels))
-        # Drawn whether needed or not: the same seed gives the same texture for a layout that is handed in again.
-        layout_generators = sample_generators(generators, len(labels))
+        generators, layout_generators = self._seeded(generator, len(labels))
         if isinstance(layout, LayoutBank):
             null, bank = self.transformer.null_class, layout
             # No class in particular: that of any layout in the bank.
@@ -181,29 +206,50 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             ]
             layout = self.prepare_layout(bank.sample(of_class, layout_generators), num_tokens)
         if layout is None:
-            layout = self.generate_layout(
-                labels, num_tokens, layout_num_inference_steps, layout_guidance_scale, generator=layout_generators
-            )
-        tokens = self.generate_texture(
-            layout,
-            labels,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            generator=generators,
-            latents=latents,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            layout = self._draw_layouts(labels, num_tokens, layout_generators, None, layout_settings)
+        side = self.autoencoder.config.sample_size
+        tokens = self._draw_textures(
+            GPSTokens.from_geometry(self.prepare_layout(layout), (side, side)), labels, generators, latents, settings
         )
-        images = None if output_type == "tokens" else self.decode(tokens, output_type)
+        return self._output(tokens, layout, output_type, return_dict)
+
+    def label_ids(self, class_labels: Labels, count: int | None = None) -> list[int]:
+        """Labels by number or name as numbers, see [`class_labels.label_ids`].
+
+        With `count`, a single label is repeated so often, and ValueError raised for another number of labels.
+        """
+        labels = label_ids(class_labels, self.id2label, self.transformer.null_class)
+        if count is None:
+            return labels
+        if len(labels) not in (1, count):
+            raise ValueError(f"There are {len(labels)} class labels for {count} pictures.")
+        return labels if len(labels) == count else labels * count
+
+    def _check_request(self, output_type: str) -> None:
+        self._check_parts()
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+
+    @staticmethod
+    def _seeded(
+        generator: Generator | Sequence[Generator] | None, count: int
+    ) -> tuple[list[Generator], list[Generator]]:
+        """Generators of the texture, and of the layout.
+
+        Both are drawn whether needed or not: the same seed gives the same texture for a layout that is handed in again.
+        """
+        generators = sample_generators(generator, count)
+        return generators, sample_generators(generators, count)
+
+    def _output(
+        self, tokens: GPSTokens, layout: Tensor, output_type: str, return_dict: bool
+    ) -> GPSTokenPipelineOutput | tuple:
+        is_decoded = output_type not in ("tokens", "latent")
+        images = self.decode(tokens, output_type) if is_decoded else tokens
         self.maybe_free_model_hooks()
         if not return_dict:
-            return (tokens,) if images is None else (images,)
-        return GPSTokenPipelineOutput(images=images, tokens=tokens, layout=layout)
-
-    def label_ids(self, class_labels: Labels) -> list[int]:
-        """Labels by number or name as numbers, see [`label_ids`]."""
-        return label_ids(class_labels, self.id2label, self.transformer.null_class)
+            return (images,)
+        return GPSTokenPipelineOutput(None if output_type == "tokens" else images, tokens, layout)
 
     # ------------------------------------------------------------------ first stage
 
@@ -227,29 +273,33 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
 
         Raises ValueError: as `__call__`, and for a pipeline without a layout model.
         """
+        labels = self.label_ids(class_labels)
+        settings = SamplingSettings(num_inference_steps, guidance_scale, guidance_interval, callback_on_step_end)
+        return self._draw_layouts(labels, num_tokens, generator, latents, settings)
+
+    def _draw_layouts(
+        self,
+        labels: Sequence[int],
+        num_tokens: int | None,
+        generator: Generator | Sequence[Generator] | None,
+        latents: Tensor | None,
+        settings: SamplingSettings,
+    ) -> Tensor:
+        """See `generate_layout`."""
         if self.layout_model is None or self.layout_scheduler is None:
             raise ValueError(
                 "This pipeline has no layout model. Give a layout: initial Gaussians (B, N, 5), a picture to "
                 "partition, or a LayoutBank."
             )
-        labels = self.label_ids(class_labels)
         num_tokens = self.layout_model.config.num_tokens if num_tokens is None else num_tokens
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
-        latents = self._sample(
-            "layout",
-            self.layout_scheduler,
-            lambda noisy, time, label: self.layout_model(noisy, time, label).sample,
-            (num_tokens, LAYOUT_CHANNELS),
-            labels,
-            self.layout_model.null_class,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            generator,
-            latents,
-            callback_on_step_end=callback_on_step_end,
-        )
+
+        def network(noisy: Tensor, time: Tensor, label: Tensor) -> Tensor:
+            return self.layout_model(noisy, time, label).sample
+
+        shape = (num_tokens, LAYOUT_CHANNELS)
+        latents = self._sample("layout", network, labels, shape, generator, latents, settings)
         config = self.autoencoder.config
         predicted = self.layout_model.from_latents(latents)
         return calibrate_layout(
@@ -312,15 +362,29 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
 
         Returns: tokens of B pictures, texture in float32.
         """
-        labels = self.label_ids(class_labels)
+        settings = SamplingSettings(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         if not isinstance(layout, GPSTokens):
             side = self.autoencoder.config.sample_size
             layout = GPSTokens.from_geometry(self.prepare_layout(layout), (side, side))
+        return self._draw_textures(layout, class_labels, generator, latents, settings)
+
+    def _draw_textures(
+        self,
+        layout: GPSTokens,
+        class_labels: Labels,
+        generator: Generator | Sequence[Generator] | None,
+        latents: Tensor | None,
+        settings: SamplingSettings,
+    ) -> GPSTokens:
+        """See `generate_texture`."""
         layout = layout.validate().to(self._execution_device)
-        if len(labels) == 1:
-            labels = labels * layout.batch_size
-        if len(labels) != layout.batch_size:
-            raise ValueError(f"There are {len(labels)} class labels for {layout.batch_size} layouts.")
+        labels = self.label_ids(class_labels, layout.batch_size)
         if layout.tile_grid != (1, 1):
             labels, generator = self._of_tiles(layout, labels, sample_generators(generator, len(labels)))
         tiles, _ = layout.split_tiles()
@@ -328,23 +392,9 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         def tokens_of(latents: Tensor) -> GPSTokens:
             return layout.with_tiles(*self.transformer.from_latents(tiles, latents))
 
-        latents = self._sample(
-            "texture",
-            self.scheduler,
-            self.texture_network(tiles),
-            (tiles.shape[1], GEOMETRY_CHANNELS + self.transformer.config.texture_channels),
-            labels,
-            self.transformer.null_class,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            generator,
-            latents,
-            tokens_of=tokens_of,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        return tokens_of(latents)
+        shape = (tiles.shape[1], GEOMETRY_CHANNELS + self.transformer.config.texture_channels)
+        network = self.texture_network(tiles)
+        return tokens_of(self._sample("texture", network, labels, shape, generator, latents, settings, tokens_of))
 
     @staticmethod
     def _of_tiles(

@@ -13,12 +13,13 @@ from gpstoken_diffusers.layouts.bank import LayoutBank
 from gpstoken_diffusers.schedulers.flow_time import data_times, mix_noise, set_timesteps
 from gpstoken_diffusers.schedulers.guidance import Network
 from gpstoken_diffusers.schedulers.integration import is_adaptive
-from gpstoken_diffusers.schedulers.noise import draw_noise, sample_generators
+from gpstoken_diffusers.schedulers.noise import draw_noise
 from gpstoken_diffusers.token_matching import swap_texture
 from gpstoken_diffusers.tokens import GPSTokens
 
-from .flow_sampling import Labels, StepCallback
-from .pipeline_gpstoken import OUTPUT_TYPES, GPSTokenPipeline, GPSTokenPipelineOutput
+from .class_labels import Labels
+from .pipeline_gpstoken import GPSTokenPipeline, GPSTokenPipelineOutput
+from .sampling import SamplingSettings, StepCallback
 
 
 class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
@@ -74,7 +75,15 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
                 outside [0, 1], and as `GPSTokenPipeline.__call__`.
             TypeError: arguments of another type.
         """
-        self._check_request(strength, output_type)
+        self._check_request(output_type)
+        settings = SamplingSettings(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            strength,
+        )
         if keep not in ("layout", "texture"):
             raise ValueError(f'keep must be "layout" or "texture", got {keep!r}.')
         if keep == "layout" and layout is not None:
@@ -91,8 +100,8 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         generators, layout_generators = self._seeded(generator, len(labels))
         latents = self._tile_latents(tokens, own_layout)
         if keep == "texture":
-            count, steps, scale = own_layout.shape[1], layout_num_inference_steps, layout_guidance_scale
-            layout = self._other_layout(layout, labels, count, steps, scale, layout_generators)
+            layout_settings = SamplingSettings(layout_num_inference_steps, layout_guidance_scale)
+            layout = self._other_layout(layout, labels, own_layout.shape[1], layout_generators, layout_settings)
             old, new = (GPSTokens(geometry, latents, tokens.image_size) for geometry in (own_layout, layout))
             latents = swap_texture(new, old).texture
             own_layout = layout
@@ -100,19 +109,10 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         def tokens_of(latents: Tensor) -> GPSTokens:
             return tokens.with_tiles(*self.transformer.from_latents(own_layout, latents))
 
-        latents = self._regenerate(
-            latents,
-            own_layout,
-            *self._of_tiles(tokens, labels, generators),
-            strength,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            tokens_of,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        return self._output(tokens_of(latents), own_layout, output_type, return_dict)
+        tile_labels, tile_generators = self._of_tiles(tokens, labels, generators)
+        latents = self._regenerate(latents, own_layout, tile_labels, tile_generators, settings, tokens_of)
+        layout = tokens.with_tiles(own_layout, own_layout).geometry
+        return self._output(tokens_of(latents), layout, output_type, return_dict)
 
     @torch.no_grad()
     def regenerate_tokens(
@@ -144,12 +144,16 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             ValueError: a layout of another size or number of tokens, a selection of another shape or of no token at
                 all, and as `__call__`.
         """
-        self._check_request(strength, "tokens")
-        labels = self.label_ids(class_labels)
-        if len(labels) == 1:
-            labels = labels * tokens.batch_size
-        if len(labels) != tokens.batch_size:
-            raise ValueError(f"There are {len(labels)} class labels for {tokens.batch_size} pictures.")
+        self._check_parts()
+        settings = SamplingSettings(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            strength,
+        )
+        labels = self.label_ids(class_labels, tokens.batch_size)
         if isinstance(layout, Tensor):
             layout = GPSTokens.from_geometry(layout, tokens.image_size, tokens.tile_grid, tokens.canvas_size)
         for name in ("batch_size", "num_tokens", "image_size", "tile_grid", "canvas_size"):
@@ -168,32 +172,20 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             raise ValueError("selection is empty: no token is to be generated. Select at least one.")
         device = self._execution_device
         tokens, layout = tokens.validate().to(device, torch.float32), layout.validate().to(device)
-        return self._regenerate_selected(
-            tokens,
-            layout.split_tiles()[0],
-            selection.to(device).expand(shape),
-            labels,
-            self._seeded(generator, len(labels))[0],
-            strength,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        selection, generators = selection.to(device).expand(shape), self._seeded(generator, len(labels))[0]
+        return self._regenerate_selected(tokens, layout.split_tiles()[0], selection, labels, generators, settings)
 
     def _other_layout(
         self,
         layout: Tensor | LayoutBank | None,
         labels: Sequence[int],
         num_tokens: int,
-        num_inference_steps: int,
-        guidance_scale: float,
         generators: Sequence[Generator],
+        settings: SamplingSettings,
     ) -> Tensor:
         """A layout (B, n, 5) for each label: the given ones, of a bank, or generated."""
         if layout is None:
-            return self.generate_layout(labels, num_tokens, num_inference_steps, guidance_scale, generator=generators)
+            return self._draw_layouts(labels, num_tokens, generators, None, settings)
         if isinstance(layout, LayoutBank):
             layout = self.prepare_layout(layout.sample(labels, generators), num_tokens)
         if len(layout) not in (1, len(labels)):
@@ -225,25 +217,13 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         """Tokens (B pictures), layouts (B tiles, n, 5) and one label for each picture: what is single serves all."""
         labels = self.label_ids(class_labels)
         tokens, layout = self.encode(image, num_tokens)
-        if len(labels) == 1:
-            labels = labels * tokens.batch_size
         if tokens.batch_size == 1:
             tokens, layout = tokens[[0] * len(labels)], layout.expand(len(labels), -1, -1, -1)
-        if len(labels) != tokens.batch_size:
-            raise ValueError(f"There are {len(labels)} class labels for {tokens.batch_size} pictures.")
-        return tokens, layout.flatten(0, 1), labels
+        return tokens, layout.flatten(0, 1), self.label_ids(labels, tokens.batch_size)
 
     def _tile_latents(self, tokens: GPSTokens, layout: Tensor) -> Tensor:
         """(B tiles, n, 5 + C): the tokens of each tile as the transformer's latents."""
         return self.transformer.to_latents(layout, *tokens.split_tiles())
-
-    @staticmethod
-    def _seeded(
-        generator: Generator | Sequence[Generator] | None, count: int
-    ) -> tuple[list[Generator], list[Generator]]:
-        """Generators of the texture and of the layout, such that a seed means what it means in the main pipeline."""
-        generators = sample_generators(generator, count)
-        return generators, sample_generators(generators, count)
 
     # ------------------------------------------------------------------ noise and back
 
@@ -253,13 +233,8 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         layout: Tensor,
         labels: Sequence[int],
         generators: Sequence[Generator],
-        strength: float,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
+        settings: SamplingSettings,
         tokens_of: Callable[[Tensor], GPSTokens],
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
         kept: Tensor | None = None,
     ) -> Tensor:
         """Noises latents to the strength and generates from there.
@@ -279,23 +254,9 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         network = self.texture_network(layout)
         if kept is not None:
             network = _held(network, kept[..., None], data, noise)
-        return self._sample(
-            "texture",
-            self.scheduler,
-            network,
-            tuple(data.shape[1:]),
-            labels,
-            self.transformer.null_class,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            generators,
-            mix_noise(data, noise, self._start_time(num_inference_steps, strength)),
-            strength=strength,
-            tokens_of=tokens_of,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        start = mix_noise(data, noise, self._start_time(settings))
+        shape = tuple(data.shape[1:])
+        return self._sample("texture", network, labels, shape, generators, start, settings, tokens_of)
 
     def _regenerate_selected(
         self,
@@ -304,12 +265,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         selection: Tensor,
         labels: Sequence[int],
         generators: Sequence[Generator],
-        strength: float,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        settings: SamplingSettings,
     ) -> GPSTokens:
         """Generates the tokens of B pictures that `selection` (B, N) names, for layouts (B tiles, n, 5).
 
@@ -334,46 +290,18 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
                 texture=torch.where(selection[..., None], made.texture, tokens.texture),
             )
 
-        drawn = self._regenerate(
-            latents[active],
-            layout[active],
-            labels,
-            generators,
-            strength,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            tokens_of,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            kept=~by_tile[active],
+        kept = ~by_tile[active]
+        return tokens_of(
+            self._regenerate(latents[active], layout[active], labels, generators, settings, tokens_of, kept)
         )
-        return tokens_of(drawn)
 
-    def _start_time(self, num_inference_steps: int, strength: float) -> float:
-        """Flow time (0 is noise) of the first step that the scheduler takes at this strength."""
+    def _start_time(self, settings: SamplingSettings) -> float:
+        """Flow time (0 is noise) of the first step that the scheduler takes."""
         if is_adaptive(self.scheduler):
-            return 1 - strength
-        begin = set_timesteps(self.scheduler, num_inference_steps, self._execution_device, strength)
+            return 1 - settings.strength
+        steps = settings.num_inference_steps
+        begin = set_timesteps(self.scheduler, steps, self._execution_device, settings.strength)
         return data_times(self.scheduler)[begin]
-
-    # ------------------------------------------------------------------ arguments and results
-
-    def _check_request(self, strength: float, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength must be greater than 0 and at most 1, got {strength!r}.")
-
-    def _output(
-        self, tokens: GPSTokens, layout: Tensor, output_type: str, return_dict: bool
-    ) -> GPSTokenPipelineOutput | tuple:
-        images = None if output_type == "tokens" else self.decode(tokens, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (tokens,) if images is None else (images,)
-        layout = tokens.with_tiles(layout, layout).geometry
-        return GPSTokenPipelineOutput(images=images, tokens=tokens, layout=layout)
 
 
 def _held(

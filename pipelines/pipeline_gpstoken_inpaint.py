@@ -14,9 +14,10 @@ from gpstoken_diffusers.picture_files import mask_levels
 from gpstoken_diffusers.token_editing import select_by_mask
 from gpstoken_diffusers.tokens import GPSTokens
 
-from .flow_sampling import Labels, StepCallback
+from .class_labels import Labels
 from .pipeline_gpstoken import GPSTokenPipelineOutput
 from .pipeline_gpstoken_img2img import GPSTokenImg2ImgPipeline
+from .sampling import SamplingSettings, StepCallback
 
 
 class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
@@ -75,24 +76,20 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
                 strength outside (0, 1], and as `GPSTokenPipeline.__call__`.
             TypeError: arguments of another type.
         """
-        self._check_request(strength, output_type)
-        tokens, layout, labels = self._encode_with_labels(image, class_labels, num_tokens)
-        chosen = self._chosen(tokens, mask, reach_sigmas)
-        generators, _ = self._seeded(generator, len(labels))
-        tokens = self._regenerate_selected(
-            tokens,
-            layout,
-            chosen,
-            labels,
-            generators,
-            strength,
+        self._check_request(output_type)
+        settings = SamplingSettings(
             num_inference_steps,
             guidance_scale,
             guidance_interval,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            strength,
         )
-        return self._output(tokens, layout, output_type, return_dict)
+        tokens, layout, labels = self._encode_with_labels(image, class_labels, num_tokens)
+        chosen = self._chosen(tokens, mask, reach_sigmas)
+        generators, _ = self._seeded(generator, len(labels))
+        tokens = self._regenerate_selected(tokens, layout, chosen, labels, generators, settings)
+        return self._output(tokens, tokens.with_tiles(layout, layout).geometry, output_type, return_dict)
 
     def _chosen(self, tokens: GPSTokens, mask: ImageLike | Sequence[ImageLike], reach_sigmas: float) -> Tensor:
         """(B, N) bool: the tokens that the mask touches."""

@@ -70,7 +70,7 @@ def test_labels_are_listed(folder, capsys):
         (["-n", "0"], "make at least 1"),
         (["--steps", "0"], "at least 1"),
         (["--sampler", "euler_a"], "There is no sampler 'euler_a'"),
-        (["--guidance", "-2"], "must not be negative"),
+        (["--guidance", "-2"], "must be at least 0"),
         (["--layout", "nowhere.png"], "nowhere.png"),
         (["--num-tokens", "99"], "16"),
         (["--output", "grid.gif"], "must end in one of"),

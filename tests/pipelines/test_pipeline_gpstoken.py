@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    IPNDMScheduler,
     UniPCMultistepScheduler,
 )
 from model_zoo import noise_images, tiny_model
 from pipeline_zoo import LABELS, tiny_layout_model, tiny_pipeline, tiny_transformer
 
-from gpstoken_diffusers import GPSTokens, partition_image
+from gpstoken_diffusers import GPSTokenInpaintPipeline, GPSTokenPipeline, GPSTokens, partition_image
 from gpstoken_diffusers.layouts.bank import LayoutBank
 from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS, make_sampler
 
@@ -61,6 +63,69 @@ def test_output_types(pipe):
     assert isinstance(tokens, GPSTokens)
     torch.testing.assert_close(pipe.decode(tokens, "pt"), pictures["pt"], atol=0, rtol=0)
     assert pipe(1, num_inference_steps=1, output_type="tokens").images is None
+    # diffusers' name for what is not decoded.
+    latent = pipe(1, num_inference_steps=2, generator=seeded(0), output_type="latent")
+    assert torch.equal(latent.images.texture, tokens.texture) and latent.images is latent.tokens
+
+
+# ---------------------------------------------------------------------- what users of diffusers expect
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array([1, 2]), np.array(["food", "tench"]), [np.int64(1), 2], torch.tensor([1, 2])]
+)
+def test_labels_may_be_arrays(pipe, labels):
+    assert pipe.label_ids(labels) == [1, 2]
+    assert pipe.label_ids(labels[0]) == [1]
+
+
+@pytest.mark.parametrize("sampler, steps, expected", [("euler", 3, 3), ("heun", 3, 5), ("official-sde-heun", 3, 5)])
+def test_num_timesteps_is_known_from_the_first_step_on(sampler, steps, expected):
+    pipe, seen = tiny_pipeline(scheduler=make_sampler(sampler)[0]), []
+
+    def callback(pipe, number, timestep, given):
+        seen.append(pipe.num_timesteps)
+        return {}
+
+    pipe(0, layout=real_layout(), num_inference_steps=steps, callback_on_step_end=callback, output_type="tokens")
+    assert seen == [expected] * expected
+    pipe.scheduler = make_sampler("official-ode")[0]
+    seen.clear()
+    pipe(0, layout=real_layout(), num_inference_steps=steps, callback_on_step_end=callback, output_type="tokens")
+    assert seen == list(range(1, pipe.num_timesteps + 1))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), IPNDMScheduler(), UniPCMultistepScheduler()])
+def test_schedulers_of_another_diffusion_are_refused(scheduler):
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} .*predict the velocity of a flow"):
+        tiny_pipeline(scheduler=scheduler)(0, layout=real_layout(), num_inference_steps=2)
+
+
+def test_a_pipeline_of_the_same_components_knows_the_classes(pipe):
+    for again in (GPSTokenPipeline(**pipe.components), GPSTokenInpaintPipeline(**pipe.components)):
+        assert again.id2label == pipe.id2label == LABELS
+        assert again.label_ids("food") == [1]
+    assert GPSTokenPipeline(**tiny_pipeline(id2label=None).components).id2label == {}
+
+
+@pytest.mark.parametrize("parts, message", [
+    ({"transformer": tiny_transformer(texture_channels=5, latents_std=None)}, "5 texture channels, the autoencoder"),
+    ({"layout_model": tiny_layout_model(num_classes=2)}, "knows 3 classes, the layout model 2"),
+    ({"id2label": {3: "nothing in particular"}}, "from 0 to 2, those of the transformer, got 3"),
+    ({"id2label": {-1: "before all"}}, "from 0 to 2, those of the transformer, got -1"),
+])  # fmt: skip
+def test_parts_that_do_not_belong_together(parts, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(**parts)
+    pipe = tiny_pipeline()
+    for name, part in parts.items():
+        if name != "id2label":
+            setattr(pipe, name, part)  # one after the other, so that the next run can tell only
+            with pytest.raises(ValueError, match=message):
+                pipe(0, num_inference_steps=1)
+
+
+# ---------------------------------------------------------------------- seeds
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_PRESETS)
@@ -182,7 +247,7 @@ def test_labels_by_number_and_name(pipe):
         ({"layout_num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1"),
         ({"guidance_interval": (0.8, 0.2)}, "first <= last"),
         ({"guidance_interval": (0.2, 1.2)}, "first <= last"),
-        ({"guidance_scale": -1.0}, "must not be negative"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be at least 0"),
         ({"num_tokens": 0}, "num_tokens must be at least 1"),
         ({"num_tokens": 17}, "16"),
         ({"num_images_per_label": 0}, "at least 1"),
@@ -190,7 +255,7 @@ def test_labels_by_number_and_name(pipe):
         ({"generator": [torch.Generator()]}, "a list of 2, one per sample, got 1"),
         ({"latents": torch.zeros(2, 6, 21)}, r"must have the shape \(2, 6, 9\), got \(2, 6, 21\)"),
         ({"layout": torch.zeros(2, 6, 4)}, r"\(2, 6, 4\)"),
-        ({"layout": torch.zeros(3, 6, 5) + 0.1}, "2 class labels for 3 layouts"),
+        ({"layout": torch.zeros(3, 6, 5) + 0.1}, "2 class labels for 3 pictures"),
         ({"layout": torch.full((2, 6, 5), float("nan"))}, "finite"),
         ({"layout": torch.zeros(2, 6, 5)}, "greater than 0"),
         ({"layout": torch.zeros(2, 0, 5)}, "shape"),

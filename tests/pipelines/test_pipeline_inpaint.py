@@ -224,7 +224,7 @@ def test_components_are_shared():
         ({"strength": 1.5}, "at most 1, got 1.5"),
         ({"class_labels": [0, 1, 2]}, "3 class labels for 2 pictures"),
         ({"image": torch.full((3, 32, 32), float("nan"))}, "NaN"),
-        ({"output_type": "latent"}, "output_type must be one of"),
+        ({"output_type": "jpeg"}, "output_type must be one of"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):
