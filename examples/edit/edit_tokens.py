@@ -3,7 +3,7 @@
 
 python examples/edit/edit_tokens.py edited.png
 
-It needs the shipped model and photograph alone. Every picture is decoded from tokens: no pixel is copied.
+It needs only the shipped model and photograph. Every picture is decoded from tokens: no pixel is copied.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def outline_mask(photograph: Image.Image) -> Tensor:
 
 
 def lay_over(background: GPSTokens, piece: GPSTokens) -> GPSTokens:
-    """A piece on a background: where both painted, they would blend, so what the piece covers goes."""
+    """A piece on a background. Where both lie they would blend, so tokens under the piece are removed."""
     (height, width), (canvas_height, canvas_width) = piece.image_size, piece.canvas_size
     ones = torch.ones_like(piece.texture[..., :1])
     painted = splat_gaussians(piece.geometry, ones, canvas_height, canvas_width)[:, 0, :height, :width]

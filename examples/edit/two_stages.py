@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What a layout apart from its texture is good for: one sheet of pictures from two pictures and a pipeline.
+"""What layout and texture can do apart: one sheet of pictures from two pictures and a pipeline.
 
     python examples/edit/two_stages.py pictures/heldout/Food*/hamburger.png pictures/heldout/Anim*/cat.png sheet.png
 
-Row by row: the layout of the first picture with textures of each class; the first picture drawn anew, ever further from
-it; its textures in new layouts; its right half filled in again; and the way from the first picture to the second.
+Row by row: the layout of the first picture with textures of each class; variations of the first picture, ever further
+away; its textures in new layouts; its right half filled in; and the way from the first picture to the second.
 """
 
 from __future__ import annotations

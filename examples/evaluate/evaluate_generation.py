@@ -17,7 +17,7 @@ quality: held-out ones, their reconstructions by the pipeline's tokenizer (which
 with the textures shuffled between tokens, and reconstructions of training pictures (what a model that copies draws).
 
 Both folders of pictures hold a folder per class, named as the pipeline names its classes. Samples are kept in
---samples_dir: the same command goes on where it was stopped. Features of real pictures are kept in --cache.
+--samples_dir: the same command continues where it stopped. Features of real pictures are kept in --cache.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def describe(
     network: nn.Module, pictures: Iterable[Image.Image], count: int, name: str, args: argparse.Namespace
 ) -> Described:
-    """What all comparisons need to know of `count` pictures."""
+    """What the comparisons need of `count` pictures."""
     features, pixels = [], []
     with tqdm(total=count, desc=name, unit="picture") as progress:
         for batch in batches(pictures, args.batch_size):
@@ -106,7 +106,7 @@ def describe(
 def describe_folder(
     network: nn.Module, pictures: ClassFolders, side: int, mirrored: bool, name: str, args: argparse.Namespace
 ) -> Described:
-    """[`describe`] of all pictures of a folder; kept, as it is the same for every pipeline."""
+    """[`describe`] of all pictures of a folder; kept in the cache, as it is the same for every pipeline."""
     identity = f"{network.name} {side} {mirrored} {pictures.fingerprint()}"
     cache = args.cache.expanduser()
     path = cache / f"features-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
@@ -138,7 +138,7 @@ def neighbour_figures(sets: dict[str, Described], references: Described) -> dict
 
 
 def neighbours_sheet(paths: list[Path], samples: Described, train: list[Path], references: Described) -> Image.Image:
-    """12 samples, the first the nearest of all to a reference by pixels, each beside its three nearest of two kinds.
+    """12 samples, the nearest to a reference by pixels first, each beside its three nearest references of two kinds.
 
     References are the training pictures and then their mirror images.
     """
@@ -215,7 +215,7 @@ def evaluate(args: argparse.Namespace, network: nn.Module | None = None) -> dict
         torch.cat([train_labels, train_labels, train_labels[copies]]),
         len(names),
     )
-    # Samples have equal shares of all classes, real pictures do not: what that alone makes of the distance.
+    # Samples have equal shares of all classes, real pictures do not: this shows what that alone does to the distance.
     share = int(train_labels.bincount().min())
     equal = [index for label in range(len(names)) for index in evenly_spread((train_labels == label).nonzero(), share)]
     features = {name: described["features"] for name, described in sets.items()}

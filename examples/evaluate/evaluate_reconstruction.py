@@ -6,31 +6,31 @@
         --baselines regions pca jpeg webp jpeg:75 --resolutions 256 512 --output runs/reconstruction
 
 --models: "mini", the shipped one; an official single file of GPSToken; a folder or OWNER/NAME[/FOLDER] of the Hub with
-an AutoencoderGPSToken, AutoencoderKL, AutoencoderDC, AutoencoderTiny or VQModel. @64,128 makes a row for each of these
-numbers of tokens, for GPSToken only; they are those of a tile (of 256 px in all that were released), so that a picture
-of 512 px has four times as many.
+an AutoencoderGPSToken, AutoencoderKL, AutoencoderDC, AutoencoderTiny or VQModel. For GPSToken, @64,128 makes a row for
+each of these numbers of tokens per tile. Tiles of all released models have 256 px, so a picture of 512 px has four
+times as many.
 
 --baselines, of each model in turn:
 
     shuffled   its textures shuffled between the tokens of a picture (GPSToken only)
     initial    its initial Gaussians in place of the refined ones (GPSToken only)
     regions    each region of its partition in its mean colour (GPSToken only)
-    pca        principal components of square or twice as long patches, as many as it has tokens, each with as many
+    pca        principal components of square or twice as long patches, as many as its tokens, each with as many
                numbers as a token; fitted to --train_dir
-    jpeg webp  files that are as large as the coded picture can be at most, picture by picture
-    jpeg:75    files of a quality, once for all (also webp:...)
+    jpeg webp  the best files that are no larger than the coded picture, picture by picture
+    jpeg:75    files of one quality, once for all models (also webp:...)
 
-Columns. Tokens and numbers: what a picture becomes (of a VQModel, indices). PSNR, SSIM and the perceptual distance are
-means over pictures, which are not rounded to 8 bits where they come out of a network. rFID, sFID (both need Inception's
-weights; without, the same distance between features of EfficientNet-Lite0) and the kernel distance compare all
-reconstructions with all pictures; the kernel distance leaves out each picture's own reconstruction. Bytes are means per
-picture: coded is the method's compact form, for GPSToken a whole file of GPSTokens.save(dtype="uint8"), for latents 8
-bits per number without entropy coding, for a VQModel its indices; "PSNR of coded" is that of the picture that comes
-out of it. float16 and float32 are files too for GPSToken. Per second: pictures that are encoded and decoded, after a
-warm-up. Memory: what a batch needs beside the weights, at most.
+Columns. Tokens and numbers: what a picture becomes (for a VQModel, indices). PSNR, SSIM and the perceptual distance are
+means over pictures; a network's output is not rounded to 8 bits. rFID, sFID and the kernel distance compare all
+reconstructions with all pictures; the kernel distance leaves out each picture's own reconstruction. They need
+Inception's weights; without, features of EfficientNet-Lite0 are compared. Bytes are means per picture: coded is the
+method's compact form, for GPSToken a whole file of GPSTokens.save(dtype="uint8"), for latents 8 bits per number without
+entropy coding, for a VQModel its indices; "PSNR of coded" is measured after decoding that form. float16 and float32 are
+whole files too for GPSToken. Per second: pictures encoded and decoded, after a warm-up. Memory: the peak of a batch,
+without the weights.
 
-Written to --output, anew after each model: results.md, results.csv, results.json (with the PSNR of every picture), and
-for each model a sheet of the pictures that came out worst and best.
+Written to --output after each model: results.md, results.csv, results.json (with the PSNR of every picture), and for
+each model a sheet of the pictures that came out worst and best.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Results:
     Attributes:
         tables: rows by resolution and by name, each model followed by its baselines.
         squares: the pictures, by resolution.
-        notes: what the reader of the table has to know.
+        notes: what the reader of the table should know.
     """
 
     tables: dict[int, dict[str, Row]]
@@ -156,7 +156,7 @@ def parse_baselines(names: Sequence[str] | None, train_dir: Path | None) -> tupl
 
 
 class Components:
-    """Principal components, fitted when they are first asked for, and kept."""
+    """Principal components, fitted at their first use and kept."""
 
     def __init__(self, folder: Path, crops: int):
         self.folder, self.crops = folder, crops
@@ -201,7 +201,7 @@ def _token_baseline(name: str, method: GPSTokenMethod) -> Method:
 
 
 class Evaluation:
-    """A run: measures what it is asked for, each method once.
+    """A run: measures each method once.
 
     Args:
         args: the command line.
@@ -214,7 +214,7 @@ class Evaluation:
         self.args = args
         self.baselines, self.fixed = parse_baselines(args.baselines, args.train_dir)
         self.specs = [parse_model(text) for text in args.models]
-        # A mistake that concerns the last model must not come to light after hours.
+        # A mistake in the last model must not show only after hours.
         for place, counts in self.specs:
             check_place(place, counts)
         self.components = None
@@ -227,7 +227,7 @@ class Evaluation:
         self.results = Results({side: {} for side in squares}, squares, list(self.judges.notes))
 
     def run(self) -> Iterator[Results]:
-        """Yields what there is after each model, and at the end."""
+        """Yields the results after each model, and at the end."""
         for place, counts in self.specs:
             self.measure_model(place, counts)
             yield self.results
@@ -237,7 +237,7 @@ class Evaluation:
         yield self.results
 
     def measure_model(self, place: str, counts: list[int] | None) -> None:
-        """An autoencoder at all resolutions, and what it is compared with; it is in memory no longer than that."""
+        """An autoencoder at all resolutions, and what it is compared with; then it leaves memory."""
         for method in load_methods(place, counts, self.args.device):
             for side in self.results.squares:
                 row = self.measure(method, side, self.args.cases)
@@ -248,7 +248,7 @@ class Evaluation:
                         self.results.notes.append(f"Left out at {side} px: {error}.")
 
     def measure(self, method: Method, side: int, num_cases: int = 0) -> Row:
-        """The row of a method, which is measured where there is none of its name."""
+        """The row of a method, which is measured unless the table has it."""
         squares, table, args = self.results.squares[side], self.results.tables[side], self.args
         if side not in self.sets:
             self.sets[side] = describe_pictures(squares, self.judges, args.batch_size, args.device)
@@ -270,7 +270,7 @@ def picture_notes(squares: dict[int, Squares]) -> list[str]:
 
 
 def write_report(results: Results, args: argparse.Namespace) -> str:
-    """Writes what --output is to hold, if there is one, and returns the text of results.md."""
+    """Writes the files of --output, if it is given, and returns the text of results.md."""
     notes = picture_notes(results.squares) + results.notes
     tables = [markdown_table([row for row in results.rows if row.resolution == side]) for side in results.squares]
     text = "\n".join([*tables, *(f"- {note}" for note in notes)]) + "\n"

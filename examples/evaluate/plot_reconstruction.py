@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws how reconstructions follow the number of tokens, an importance map and the resolution, and writes the numbers.
+"""Plots how reconstructions depend on the number of tokens, an importance map and the resolution.
 
     python examples/evaluate/plot_reconstruction.py data/heldout --train_dir data/train --output plots
 
@@ -7,7 +7,7 @@ writes to --output
 
     tokens.png, tokens.csv            PSNR against --num_tokens, all by one model; principal components of as many
                                       patches and numbers, JPEG and WebP files of as many bytes as the coded tokens
-    adaptivity.png, adaptivity.csv    PSNR inside and outside a disc in the middle, as its importance grows
+    adaptivity.png, adaptivity.csv    PSNR inside and outside a central disc, as its importance grows
     resolution.png, resolution.csv,   one model from the smallest of --resolutions to the largest, on the photographs
     resolution.md                     that are large enough for all of them
 
@@ -59,7 +59,7 @@ TOKENS = [32, 64, 128, 256, 512, 1024]
 STRENGTHS = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
 RESOLUTIONS = [256, 512, 1024]
 DISC_RADIUS = 0.5
-"""Of the important disc, in units in which the picture spans 2: it covers a fifth of it."""
+"""Of the important disc, where the picture spans 2: the disc covers a fifth of it."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def disc(side: int) -> Tensor:
 
 @torch.no_grad()
 def adaptivity_curve(method: GPSTokenMethod, args: argparse.Namespace) -> list[Adaptivity]:
-    """The model at one number of tokens, more and more of which are drawn into the disc."""
+    """The model at one number of tokens, while importance moves more and more of them into the disc."""
     squares = Squares(args.images, args.resolutions[0], args.max_images)
     inside, model = disc(squares.resolution).to(args.device), method.model
     points = []
@@ -224,7 +224,7 @@ def _finished(figure: plt.Figure) -> plt.Figure:
 
 
 def write_figure(figure: plt.Figure, path: Path) -> None:
-    """A PNG, whole or not at all."""
+    """Writes a PNG; a reader sees the old file or the whole new one."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
@@ -245,7 +245,7 @@ def plot(args: argparse.Namespace) -> dict[str, Any]:
     (method,) = load_methods(args.model, counts, args.device)
     if not isinstance(method, GPSTokenMethod):
         raise ValueError(f"{args.model} is no GPSToken autoencoder: its number of tokens cannot be chosen")
-    # Mistakes that would come to light after the first figures only.
+    # Mistakes that would show only after the first figures.
     Squares(args.images, max(args.resolutions), args.max_images)
     judges = load_judges(args.perceptual, "none", args.cache, args.device)
     args.output.mkdir(parents=True, exist_ok=True)

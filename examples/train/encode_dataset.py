@@ -3,19 +3,18 @@
 
     accelerate launch examples/train/encode_dataset.py --data pictures/train --output tokens --num_tokens 128 --views 4
 
-PICTURES holds one folder per class with pictures in it (Class/any/picture.png); classes are numbered in the order of
-their names. A folder with pictures and no folders in it is one class. Where the optional package `datasets` is
-installed, --data may also be a dataset that it saved on disk (`save_to_disk`) or loads by name, with one column of
-pictures and one of class labels.
+--data holds one folder per class with pictures in it (Class/any/picture.png); classes are numbered in the order of
+their names. A folder with pictures and no folders in it is one class. With the package `datasets`, --data may also be a
+dataset that it saved on disk (`save_to_disk`) or loads by name, with one column of pictures and one of class labels.
 
 Each picture is laid on white where it is transparent, scaled so that its shorter side is the model's tile, and cut to
-its centre square. With --views K there are K - 1 more items of it, each changed a little: scaled by 0.8 to 1.1, moved
-by up to 6% of its side and, with --flip, mirrored half of the time. What a change uncovers is white for pictures with
-transparency, and a continued border for others.
+its centre square. With --views K it has K - 1 more items, each changed a little: scaled by 0.8 to 1.1, moved by up to
+6% of its side and, with --flip, mirrored half of the time. Pixels that a change uncovers are white for pictures with
+transparency, and repeat the border for others.
 
-Killed at any point and run again, the script goes on: shards that are there are kept. Which shard holds what, and each
-view, depend on the pictures and settings alone, so on one kind of device any number of processes writes the same bytes
-(given one --batch_size and one number of threads, on which the last bits of the arithmetic depend).
+Run again after an interruption, the script goes on: finished shards are kept. What a shard holds depends only on the
+pictures and settings, so on one kind of device any number of processes writes the same bytes (with one --batch_size and
+one number of threads: the last bits of the arithmetic depend on them).
 
 Exit code: 0 done, 1 an error (it says what), 130 interrupted. Pictures that cannot be read are left out and named.
 """
@@ -137,7 +136,7 @@ class Plan:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_items))
 
     def batches(self, shard: int) -> Iterator[tuple[int, int, int]]:
-        """No batch reaches into the next shard: its numbers must not depend on which shards are still to be made."""
+        """No batch reaches into the next shard, so its numbers do not depend on which shards are missing."""
         items = self.items(shard)
         for start in range(items.start, items.stop, self.batch_size):
             yield shard, start, min(self.batch_size, items.stop - start)
@@ -145,7 +144,7 @@ class Plan:
 
 def model_fingerprint(model: AutoencoderGPSToken) -> str:
     """sha256 of the model's configuration and weights."""
-    # Less what diffusers notes for itself, such as its version: an upgrade changes no token.
+    # Without what diffusers adds, such as its version: an upgrade changes no token.
     config = {name: value for name, value in json.loads(model.to_json_string()).items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -155,7 +154,7 @@ def model_fingerprint(model: AutoencoderGPSToken) -> str:
 
 
 def missing_shards(output: Path, plan: Plan, settings: dict[str, Any]) -> list[int]:
-    """The shards that are still to be made.
+    """The shards that are missing.
 
     Raises ValueError: a shard was made with other settings.
     """
@@ -193,7 +192,7 @@ def encode_shards(
     written = 0
     progress = tqdm(total=sum(count for _, _, count in loader.sampler), disable=quiet, unit="picture", smoothing=0.05)
     for shard, batches in itertools.groupby(loader, key=lambda batch: batch["shard"]):
-        # An empty part first: a shard none of whose pictures could be read has its tensors too.
+        # An empty part first: a shard without a readable picture has its tensors too.
         parts = [(torch.empty(0, num_tokens, 5), torch.empty(0, num_tokens, 5), torch.empty(0, num_tokens, channels))]
         names, labels, skipped = [], [], {}
         for batch in batches:
@@ -215,18 +214,18 @@ def encode_shards(
 
 
 def as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    """The loader's collation: nothing is left to collate."""
+    """The loader's collation: a batch is whole already."""
     return batch
 
 
 def run(args: argparse.Namespace) -> None:
-    """Encodes what is missing of args.output.
+    """Encodes what is missing in args.output.
 
     Raises:
         ValueError: unusable pictures, too many tokens, or an output folder of other settings.
         OSError: the autoencoder cannot be loaded, or a file not be written.
     """
-    # Processes wait for the slowest of them at the end: no time is too long.
+    # At the end all processes wait for the slowest, however long it takes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     main = accelerator.is_main_process
     pictures = open_labelled(args.data, args.split)
@@ -279,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
     if main:
         seconds = time.monotonic() - started
         logger.info("%d items encoded in %.1f s: %.2f pictures/s", total, seconds, total / max(seconds, 1e-6))
-        # A folder's name alone: where it lies on this computer is nobody else's business.
+        # The folder's name only: where it lies on this computer is private.
         folder = Path(args.autoencoder)
         name = "gpstoken-mini" if source == MINI else folder.resolve().name if folder.is_dir() else args.autoencoder
         description = {

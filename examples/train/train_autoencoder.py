@@ -5,15 +5,14 @@
     accelerate launch examples/train/train_autoencoder.py --train_dir data/photographs/train \
         --validation_dir data/photographs/heldout --output_dir runs/mini
 
-One process or many, CPU or GPU: `accelerate config` decides. Two processes with half the --batch_size learn what one
-does. `--resume_from_checkpoint latest` goes on where a run was stopped or killed. The averaged weights are saved to
-OUTPUT_DIR/model as a diffusers folder at every checkpoint.
+One process or many, CPU or GPU: `accelerate config` decides. Two processes with half the --batch_size learn the same as
+one. `--resume_from_checkpoint latest` continues a run that was stopped or killed. At every checkpoint the averaged
+weights are saved to OUTPUT_DIR/model as a diffusers folder.
 
 Recipes: "pixels" (default) for the best PSNR, "sharp" with perceptual and adversarial losses, "official" for what the
-research code does, its mistakes included (Inception is fed values up to 510). Options that are given beside a recipe
-win over it. Where ours differ from the official one: crops of all scales and not centre squares; token counts that
-vary; Muon, a cosine and clipped gradients; model and critic trained in the same step; a critic whose pictures do not
-see each other in a batch norm.
+research code does, its mistakes included (Inception gets values up to 510). Options override the recipe. Ours differ
+from the official one in crops of all scales instead of centre squares, token counts that vary, Muon with a cosine and
+clipped gradients, model and critic trained in the same step, and a critic without batch norm across pictures.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ def training_pictures(args: argparse.Namespace) -> list[Pictures]:
 
 
 class LoraObjective(AutoencoderObjective):
-    """Saves a model with adapters as a plain model with the adapters merged, and the adapters beside it."""
+    """Saves a model with its adapters merged, and the adapters beside it."""
 
     def save(self, averaged: AutoencoderGPSToken, folder: Path, state: RunState) -> None:
         averaged.save_lora_adapter(folder / "lora")

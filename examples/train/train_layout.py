@@ -4,9 +4,9 @@
     accelerate launch examples/train/encode_dataset.py --data pictures/train --output tokens/train
     accelerate launch examples/train/train_layout.py --train_dir tokens/train --output_dir runs/layout
 
-One process or many, CPU or GPU: `accelerate config` decides. `--resume_from_checkpoint latest` goes on where a run was
-stopped. The averaged weights are saved to OUTPUT_DIR/model as a diffusers folder at every checkpoint; at every
-validation OUTPUT_DIR/layouts.png shows layouts drawn from noise, calibrated, one row per class.
+One process or many, CPU or GPU: `accelerate config` decides. `--resume_from_checkpoint latest` continues a run
+that was stopped. At every checkpoint the averaged weights are saved to OUTPUT_DIR/model as a diffusers folder; at every
+validation OUTPUT_DIR/layouts.png shows calibrated layouts, generated from noise, one row per class.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     accelerate launch examples/train/encode_dataset.py --data pictures/train --output tokens/train
     accelerate launch examples/train/train_texture.py --train_dir tokens/train --output_dir runs/texture
 
-One process or many, CPU or GPU: `accelerate config` decides. `--resume_from_checkpoint latest` goes on where a run was
-stopped. The averaged weights are saved to OUTPUT_DIR/model as a diffusers folder at every checkpoint; at every
-validation OUTPUT_DIR/samples.png shows textures drawn for real layouts, one row per class.
+One process or many, CPU or GPU: `accelerate config` decides. `--resume_from_checkpoint latest` continues a run
+that was stopped. At every checkpoint the averaged weights are saved to OUTPUT_DIR/model as a diffusers folder; at every
+validation OUTPUT_DIR/samples.png shows textures generated for real layouts, one row per class.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTran
 
 
 def latents_statistics(dataset: TokenDataset, geometry_residual: str) -> dict[str, list[float]]:
-    """What standardises the latents of a dataset, as arguments of the model."""
+    """Mean and deviation of a dataset's latents, as arguments of the model."""
     mean, std = dataset.statistics(geometry_residual)
     return {"latents_mean": mean.tolist(), "latents_std": std.clamp(min=1e-6).tolist()}
 

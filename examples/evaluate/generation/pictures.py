@@ -76,7 +76,7 @@ def generate(pipe: GPSTokenPipeline, args: argparse.Namespace) -> tuple[list[Pat
     missing = [(path, *item) for path, item in zip(paths, wanted, strict=True) if not path.exists()]
     with tqdm(total=len(missing), desc="samples", unit="picture") as progress:
         for batch in batches(missing, args.batch_size):
-            # Whatever --num_images_per_class is: asking for more must not change the samples that there are.
+            # Independent of --num_images_per_class: asking for more must not change the samples that exist.
             seeds = [(args.seed + place) * len(labels) + row for _, row, place in batch]
             images = pipe(
                 [labels[row] for _, row, _ in batch],
@@ -95,7 +95,7 @@ def generate(pipe: GPSTokenPipeline, args: argparse.Namespace) -> tuple[list[Pat
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Notes what the samples are made with; raises ValueError if those that are there were made with something else."""
+    """Writes down what the samples are made with; raises ValueError if existing ones were made with something else."""
     digest = hashlib.sha256()
     for path in sorted(args.pipeline.rglob("*")):
         if path.suffix in (".json", ".safetensors"):

@@ -1,4 +1,4 @@
-"""What autoencoders are compared with: regions in one colour, principal components of patches, JPEG and WebP."""
+"""What autoencoders are compared with: regions in one colour, principal components of patches, JPEG, WebP."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CROPS = 1200
 """Crops of training pictures that principal components are fitted to."""
 CROPS_AT_ONCE = 16
 LARGEST_PATCH = 3 * 32 * 64
-"""Numbers in a patch, at most: covariances of larger ones take gigabytes. It is that of 32 tokens in 256 px."""
+"""Numbers in a patch, at most (32 patches in 256 px): covariances of larger ones take gigabytes."""
 SPARE = 8
-"""Directions followed beside the wanted ones: the more, the faster these come out."""
+"""Directions followed beside the wanted ones: the more, the faster it converges."""
 ITERATIONS = 40
-"""With the spectra of photographs the captured variance is then right to six digits."""
+"""On photographs, the captured variance is then right to six digits."""
 
 QUALITIES = (1, 100)
 CODECS = {
@@ -130,7 +130,7 @@ def patch_grid(resolution: int, tokens: int, components: int) -> PatchGrid | Non
     ]
     if not fitting:
         return None
-    # Wide rather than tall where both are as near to a square: horizons are more frequent than trunks.
+    # Wide rather than tall if both are equally near to a square: horizons are more frequent than trunks.
     height, width = min(fitting, key=lambda sides: (abs(math.log(sides[0] / sides[1])), sides[0]))
     return PatchGrid(height, width, components) if components <= 3 * height * width <= LARGEST_PATCH else None
 
@@ -215,7 +215,7 @@ def principal_directions(covariance: Tensor, count: int) -> Tensor:
 
 
 class TooFewBytes(ValueError):
-    """A format has no file as small as is asked for, not even of a single pixel."""
+    """No file of the format is that small, not even of a single pixel."""
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,9 @@ class FileFormat(Method):
 
 
 class FileFormatWithin(FileFormat):
-    """The same at the highest quality whose file is not larger than a given number of bytes, picture by picture.
+    """The same at the highest quality that stays within a number of bytes, picture by picture.
 
-    Where even the lowest quality is too large, the picture is halved, again and again, and enlarged when it is decoded;
+    Where even the lowest quality is too large, the picture is halved until it fits, and enlarged when it is decoded;
     encoding raises TooFewBytes where that does not help.
 
     Args:
@@ -302,7 +302,7 @@ def file_bytes(picture: Image.Image, codec: str, quality: int) -> bytes:
 
 
 def largest_within(picture: Image.Image, codec: str, limit: int) -> bytes | None:
-    """The file of the highest quality with at most `limit` bytes, one more of which would exceed it; None if none has.
+    """The file of a quality with at most `limit` bytes where the next quality has more; None if none is that small.
 
     Found by bisection: where sizes do not grow with each step of quality, another such quality may exist.
     """

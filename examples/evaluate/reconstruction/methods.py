@@ -1,4 +1,4 @@
-"""Ways to make a picture small and to make a picture of that again, each with what it costs: the autoencoders."""
+"""Ways to code a picture and to decode it again, each with what it costs: the autoencoders."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LATENTS = {
     "AutoencoderDC": lambda output: output.latent,
     "AutoencoderTiny": lambda output: output.latents,
 }
-"""How the latents are named in what diffusers' autoencoders give."""
+"""Where the latents are in the output of diffusers' autoencoders."""
 CLASSES = (AutoencoderGPSToken.__name__, *LATENTS, "VQModel")
-"""Autoencoders that are known here."""
+"""Classes of autoencoders that can be measured."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Cost:
 
     Attributes:
         tokens: of a picture; None where there are none.
-        numbers: of a picture, of any kind; None where there are only bytes.
+        numbers: of a picture; None where there are only bytes.
         bytes: of each picture, by "coded", the method's compact form, and where it has them "float16" and "float32".
-        coded: the code as it comes back from the compact form; None where the code is that form itself.
+        coded: the code after the compact form was decoded; None where the code is that form itself.
     """
 
     tokens: int | None
@@ -50,7 +50,7 @@ class Method(ABC):
 
     Attributes:
         name: of its row in a table.
-        parameters: of its networks, or what it learnt; 0 where it learnt nothing.
+        parameters: learned numbers; 0 where there are none.
     """
 
     name: str
@@ -75,7 +75,7 @@ class GPSTokenMethod(Method):
     Args:
         name: of the row.
         model: on its device.
-        num_tokens: per tile; a picture larger than a tile has as many in each of its tiles.
+        num_tokens: of each tile.
 
     Raises:
         ValueError: more tokens than a tile has regions.
@@ -109,7 +109,7 @@ class GPSTokenMethod(Method):
 
 
 class ShuffledTextures(GPSTokenMethod):
-    """The same with each token showing the texture of another one of its picture: what is the geometry alone worth?"""
+    """The same with textures shuffled between a picture's tokens: what is the geometry alone worth?"""
 
     def encode(self, images: Tensor, places: list[int]) -> GPSTokens:
         tokens = super().encode(images, places)
@@ -160,11 +160,11 @@ class CodebookMethod(Method):
         return self.model.encode(images.to(self.model.device)).latents
 
     def decode(self, code: Tensor) -> Tensor:
-        # Takes the nearest entries of the codebook first, so that this shows what the indices hold and no more.
+        # It takes the nearest entries of the codebook first, so the picture shows what the indices hold.
         return self.model.decode(code).sample
 
     def cost(self, code: Tensor) -> Cost:
-        """An index is one number, and takes as many bits as tell the entries of the codebook apart."""
+        """An index is one number, of as many bits as the codebook needs."""
         count = code.shape[-2] * code.shape[-1]
         bits = max(1, (self.model.config.num_vq_embeddings - 1).bit_length())
         return Cost(count, count, {"coded": [-(-count * bits // 8)] * len(code)})
@@ -231,14 +231,14 @@ def class_of(place: str) -> str:
             name = diffusers.AutoencoderKL.load_config(**location).get("_class_name")
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
-            raise OSError(f"there is no folder {place} here, and none can be had from the Hub: {reason}") from error
+            raise OSError(f"there is no folder {place} here, and the Hub does not give one: {reason}") from error
     if name not in CLASSES:
         raise ValueError(f"{place} holds a model of class {name}; known are {', '.join(CLASSES)}")
     return name
 
 
 def check_place(place: str, counts: list[int] | None) -> None:
-    """What can be found out about the autoencoder at a place, and its numbers of tokens, without loading it.
+    """Checks the autoencoder at a place and its numbers of tokens without loading it.
 
     Raises:
         ValueError, OSError: as [`load_methods`], but for its weights.
@@ -285,7 +285,7 @@ def load_methods(place: str, counts: list[int] | None, device: str) -> list[Meth
 
 
 def _load_diffusers(place: str, name: str) -> nn.Module:
-    # Never a pickle. diffusers only warns of missing weights and leaves them random.
+    # Never a pickle. diffusers only warns of missing weights, and leaves them random.
     model, report = getattr(diffusers, name).from_pretrained(
         **_location(place), use_safetensors=True, output_loading_info=True
     )
@@ -296,7 +296,7 @@ def _load_diffusers(place: str, name: str) -> nn.Module:
 
 
 def _location(place: str) -> dict[str, Any]:
-    """What diffusers' loading functions are to be told of a folder or a place of the Hub."""
+    """Arguments of diffusers' loading functions for a folder or a place on the Hub."""
     if place == "mini" or Path(place).is_dir():
         return {"pretrained_model_name_or_path": str(MINI) if place == "mini" else place}
     repository, subfolder = _on_hub(place)
@@ -304,7 +304,7 @@ def _location(place: str) -> dict[str, Any]:
 
 
 def _on_hub(place: str) -> tuple[str, str | None]:
-    """Repository and folder in it; ValueError for what cannot be one."""
+    """Repository and folder in it; ValueError for anything else."""
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+))?", place)
     if match is None:
         raise ValueError(f"{place} is no folder, no file, and no OWNER/NAME of the Hub")
