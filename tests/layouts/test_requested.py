@@ -150,10 +150,6 @@ def test_a_mask_without_features_gives_an_even_partition(value):
     assert set((x1 - x0 + 1).tolist()) == set((y1 - y0 + 1).tolist()) == {16}
 
 
-def test_empty_batch_of_masks():
-    assert layout_from_mask(torch.zeros(0, 64, 64), 7).regions.shape == (0, 7, 4)
-
-
 MASK = torch.zeros(64, 64)
 
 
@@ -183,7 +179,8 @@ def test_bad_masks(mask, arguments, error, words):
         layout_from_mask(mask, **{"num_tokens": 16, **arguments})
 
 
-def test_an_array_is_as_good_as_a_tensor():
+def test_arrays_and_empty_batches():
     mask = np.random.default_rng(0).random((2, 40, 60))
     expected = layout_from_mask(torch.from_numpy(mask), 12)
     assert torch.equal(layout_from_mask(mask[:, ::-1][:, ::-1], 12).regions, expected.regions)
+    assert layout_from_mask(torch.zeros(0, 64, 64), 7).regions.shape == (0, 7, 4)

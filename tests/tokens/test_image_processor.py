@@ -65,20 +65,6 @@ def test_transparency_is_laid_on_the_background():
         torch.testing.assert_close(pixels[..., 16:], pixel_values(torch.from_numpy(array[..., :3]))[..., 16:])
 
 
-def test_exif_orientation_is_honoured(tmp_path):
-    array = picture(32, 48)
-    image = Image.fromarray(array)
-    exif = image.getexif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
-    path = tmp_path / "turned.png"
-    image.save(path, exif=exif)
-    upright = np.rot90(array, -1)
-    assert np.array_equal(np.asarray(GPSTokenImageProcessor.load_image(path)), upright)
-    with Image.open(path) as turned:
-        features = GPSTokenImageProcessor(**SMALL)(turned)
-    assert torch.equal(features["pixel_values"], pixel_values(torch.from_numpy(upright.copy())))
-
-
 def test_resize_crop_and_tiles():
     processor = GPSTokenImageProcessor(**SMALL, shortest_edge=48)
     features = processor(picture(96, 120))
@@ -155,15 +141,3 @@ def test_bad_input_is_refused(name):
     call, error, message = BAD_INPUTS[name]
     with pytest.raises(error, match=message):
         call(GPSTokenImageProcessor(**SMALL))
-
-
-def test_files_that_are_no_images(tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture at all")
-    (tmp_path / "empty.png").touch()
-    Image.fromarray(picture(64, 64)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-3000])
-    for name, message in {"text.jpg": "not an image", "empty.png": "0 bytes", "cut.png": "damaged"}.items():
-        with pytest.raises(ValueError, match=message):
-            GPSTokenImageProcessor.load_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="No image file"):
-        GPSTokenImageProcessor.load_image(tmp_path / "absent.png")

@@ -95,7 +95,9 @@ def test_nothing_is_converted_or_turned_twice(options):
     exif = Image.Exif()
     exif[0x0112] = 6
     once = upright_rgb(open_picture(io.BytesIO(encoded(Image.fromarray(RGB), exif=exif, **options))))
-    assert once.size == (12, 20) and np.array_equal(upright_rgb(once), once)
+    assert np.array_equal(upright_rgb(once), once)
+    plain = upright_rgb(open_picture(io.BytesIO(encoded(Image.fromarray(RGB), **options))))
+    assert np.array_equal(once, np.rot90(plain, -1))  # 6: rotate by 90 degrees clockwise to view
 
 
 # Metadata
@@ -249,6 +251,8 @@ def test_only_raster_formats_are_opened(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(encoded(Image.fromarray(RGB), "EPS"))
     with pytest.raises(ValueError, match="not an image in a raster format"):
         load_image(tmp_path / "a.jpg")
+    with pytest.raises(FileNotFoundError, match="No image file"):
+        load_image(tmp_path / "absent.png")
 
 
 @pytest.mark.parametrize("image", [np.zeros((0, 8, 3)), np.zeros((8, 0), np.uint8), Image.new("RGB", (0, 5))])

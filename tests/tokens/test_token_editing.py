@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from model_zoo import noise_images, tiny_model
-from token_zoo import SIZE, centers_px, every, random_tokens
+from token_zoo import SIZE, assert_same, centers_px, every, random_tokens
 
 from gpstoken_diffusers import GPSTokens, splat_gaussians
 from gpstoken_diffusers.token_editing import (
@@ -42,11 +42,6 @@ def weights_px(tokens: GPSTokens, points: torch.Tensor) -> torch.Tensor:
     rho = tokens.geometry[..., 2, None]
     u, v = offset.unbind(-1)
     return torch.exp(-(u * u - 2 * rho * u * v + v * v) / (2 * (1 - rho * rho)))
-
-
-def assert_same(a: GPSTokens, b: GPSTokens) -> None:
-    assert torch.equal(a.geometry, b.geometry) and torch.equal(a.texture, b.texture)
-    assert (a.image_size, a.tile_grid, a.canvas_size) == (b.image_size, b.tile_grid, b.canvas_size)
 
 
 # Selections
@@ -96,39 +91,26 @@ def test_boxes_and_sizes():
 
 
 @pytest.mark.parametrize(
-    ("mask", "criterion", "message"),
+    ("call", "message"),
     [
-        (torch.ones(48, 81), "center", r"shape \(48, 80\) or \(2, 48, 80\).*got \(48, 81\)"),
-        (torch.ones(3, 48, 80), "center", "got .3, 48, 80"),
-        (torch.full(SIZE, math.nan), "center", "mask has NaN"),
-        (torch.ones(SIZE), "centre", "criterion must be"),
+        (lambda t: select_by_mask(t, torch.ones(48, 81)), r"shape \(48, 80\) or \(2, 48, 80\).*got \(48, 81\)"),
+        (lambda t: select_by_mask(t, torch.ones(3, 48, 80)), "got .3, 48, 80"),
+        (lambda t: select_by_mask(t, torch.full(SIZE, math.nan)), "mask has NaN"),
+        (lambda t: select_by_mask(t, torch.ones(SIZE), "centre"), "criterion must be"),
+        (lambda t: move_tokens(t, torch.ones(12), 1), r"boolean with the shape \(2, 12\) or \(12,\)"),
+        (lambda t: move_tokens(t, torch.ones(13).bool(), 1), "selection must be boolean"),
+        (lambda t: move_tokens(t, torch.ones(1, 12).bool(), 1), "selection must be boolean"),
+        (lambda t: select_by_box(t, (5, 0, 4, 9)), "box_px must be"),
+        (lambda t: scale_tokens(t, every(t), 0), "factor must be greater than 0, got 0"),
+        (lambda t: flip_tokens(t, every(t), "diagonal"), "direction must be"),
+        (lambda t: transform_tokens(t, every(t), torch.eye(3)), r"must have the shape \(2, 2\), got \(3, 3\)"),
+        (lambda t: transform_tokens(t, every(t), torch.tensor([[1.0, 2.0], [2.0, 4.0]])), "must have an inverse"),
+        (lambda t: merge_tokens(t, random_tokens(image_size=(48, 81)), torch.ones(SIZE)), "differ in image_size"),
     ],
 )
-def test_bad_masks(mask, criterion, message):
+def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
-        select_by_mask(random_tokens(), mask, criterion)
-
-
-@pytest.mark.parametrize("selection", [torch.ones(12), torch.ones(13).bool(), torch.ones(1, 12).bool()])
-def test_bad_selections(selection):
-    with pytest.raises(ValueError, match=r"selection must be boolean with the shape \(2, 12\) or \(12,\)"):
-        move_tokens(random_tokens(), selection, 1)
-
-
-def test_other_bad_input():
-    tokens = random_tokens()
-    with pytest.raises(ValueError, match="box_px must be"):
-        select_by_box(tokens, (5, 0, 4, 9))
-    with pytest.raises(ValueError, match="factor must be greater than 0, got 0"):
-        scale_tokens(tokens, every(tokens), 0)
-    with pytest.raises(ValueError, match="direction must be"):
-        flip_tokens(tokens, every(tokens), "diagonal")
-    with pytest.raises(ValueError, match=r"must have the shape \(2, 2\), got \(3, 3\)"):
-        transform_tokens(tokens, every(tokens), torch.eye(3))
-    with pytest.raises(ValueError, match="must have an inverse"):
-        transform_tokens(tokens, every(tokens), torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
-    with pytest.raises(ValueError, match="differ in image_size"):
-        merge_tokens(tokens, random_tokens(image_size=(48, 81)), torch.ones(SIZE))
+        call(random_tokens())
 
 
 # Moving and reshaping

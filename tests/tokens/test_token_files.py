@@ -78,34 +78,26 @@ def test_header_and_metadata(tmp_path):
     }
 
 
-def test_metadata_must_be_new_strings(tmp_path):
-    with pytest.raises(ValueError, match="own header: encoding, format, tile_grid"):
-        make_tokens().save(tmp_path / "a", {"tile_grid": "", "format": "", "x": "", "encoding": ""})
-    with pytest.raises(ValueError, match="own header: shape"):
-        make_tokens().save(tmp_path / "a", {"shape": ""}, dtype="uint8")
-    with pytest.raises(TypeError, match="strings to strings"):
-        make_tokens().save(tmp_path / "a", metadata={"steps": 3})
+def test_what_is_not_saved(tmp_path):
+    broken = make_tokens()
+    broken.geometry[0, 3, RHO] = 1
+    for tokens, arguments, error, words in (
+        (make_tokens(), ({"tile_grid": "", "format": "", "x": "", "encoding": ""},), ValueError, "encoding, format, t"),
+        (make_tokens(), ({"shape": ""}, "uint8"), ValueError, "own header: shape"),
+        (make_tokens(), ({"steps": 3},), TypeError, "strings to strings"),
+        (broken, (), ValueError, "token 3 of image 0"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            tokens.save(tmp_path / "a", *arguments)
     assert os.listdir(tmp_path) == []
 
 
-def test_impossible_tokens_are_not_saved(tmp_path):
-    tokens = make_tokens()
-    tokens.geometry[0, 3, RHO] = 1
-    with pytest.raises(ValueError, match="token 3 of image 0"):
-        tokens.save(tmp_path / "a")
-    assert os.listdir(tmp_path) == []
-
-
-def test_saving_where_one_cannot(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cannot write the file") as caught:
-        make_tokens().save(tmp_path / "missing" / "a.safetensors")
-    assert caught.value.filename == str(tmp_path / "missing" / "a.safetensors")
+def test_files_that_cannot_be_written_or_read(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="cannot write the file"):
-        make_tokens().save(tmp_path / "file" / "a.safetensors")
-
-
-def test_loading_what_is_not_there(tmp_path):
+    for folder, error in (("missing", FileNotFoundError), ("file", NotADirectoryError)):
+        with pytest.raises(error, match="cannot write the file") as caught:
+            make_tokens().save(tmp_path / folder / "a.safetensors")
+        assert caught.value.filename == str(tmp_path / folder / "a.safetensors")
     with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
         GPSTokens.load(tmp_path / "nothing.safetensors")
     with pytest.raises(IsADirectoryError):

@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 from model_zoo import tiny_model
-from test_token_editing import assert_same
-from token_zoo import random_tokens
+from token_zoo import assert_same, random_tokens
 
 from gpstoken_diffusers import GPSTokens
 from gpstoken_diffusers.token_matching import interpolate_tokens, match_tokens, swap_texture

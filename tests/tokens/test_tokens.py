@@ -13,12 +13,8 @@ from gpstoken_diffusers.tokens import CENTER, RHO, SIGMA, GPSTokens
 
 def test_sizes():
     tokens = make_tokens(2, 12, 7, torch.bfloat16, image_size=(50, 60), tile_grid=(2, 3), canvas_size=(64, 96))
-    assert (tokens.batch_size, tokens.num_tokens, tokens.texture_channels, tokens.tokens_per_tile) == (
-        2,
-        12,
-        7,
-        2,
-    )
+    sizes = (tokens.batch_size, tokens.num_tokens, tokens.texture_channels, tokens.tokens_per_tile)
+    assert sizes == (2, 12, 7, 2)
     assert tokens.dtype == torch.bfloat16 and tokens.device == torch.device("cpu") and len(tokens) == 2
     assert tokens.num_floats == 12 * 12
     assert tokens.num_bytes == 12 * (5 * 4 + 7 * 2)
@@ -28,13 +24,9 @@ def test_sizes():
     )
 
 
-def test_canvas_defaults_to_the_image():
-    assert make_tokens(image_size=(31, 17)).canvas_size == (31, 17)
-
-
-def test_sizes_may_be_lists():
-    tokens = make_tokens(image_size=[8, 9], tile_grid=[1, 1], canvas_size=[8, 10])
-    assert (tokens.image_size, tokens.tile_grid, tokens.canvas_size) == ((8, 9), (1, 1), (8, 10))
+def test_sizes_may_be_lists_and_the_canvas_defaults_to_the_image():
+    tokens = make_tokens(image_size=[8, 9], tile_grid=[1, 1])
+    assert (tokens.image_size, tokens.tile_grid, tokens.canvas_size) == ((8, 9), (1, 1), (8, 9))
 
 
 @pytest.mark.parametrize(
@@ -84,13 +76,10 @@ def test_validate_names_the_first_bad_token(channel, value, message):
         GPSTokens.from_tensor(values, (8, 8)).validate()
 
 
-@pytest.mark.parametrize(("batch", "count"), [(0, 6), (2, 0)])
-def test_validate_refuses_empty_tokens(batch, count):
-    with pytest.raises(ValueError, match=f"tokens are empty: {batch} images of {count} tokens"):
-        make_tokens(batch, count).validate()
-
-
-def test_validate_accepts_the_extremes():
+def test_validate_refuses_empty_tokens_and_accepts_the_extremes():
+    for batch, count in ((0, 6), (2, 0)):
+        with pytest.raises(ValueError, match=f"tokens are empty: {batch} images of {count} tokens"):
+            make_tokens(batch, count).validate()
     geometry = torch.tensor([[[1e-6, 3.0, 0.999999, -2.0, 2.0]]])
     tokens = GPSTokens(geometry, torch.full((1, 1, 1), 65504.0).half(), (1, 1))
     assert tokens.validate() is tokens
@@ -101,11 +90,7 @@ def test_validate_accepts_the_extremes():
 
 def test_casting_leaves_the_geometry_in_float32():
     tokens = make_tokens()
-    for cast in (
-        tokens.to(torch.bfloat16),
-        tokens.to(dtype=torch.bfloat16),
-        tokens.to("cpu", torch.bfloat16),
-    ):
+    for cast in (tokens.to(torch.bfloat16), tokens.to(dtype=torch.bfloat16), tokens.to("cpu", torch.bfloat16)):
         assert cast.dtype == torch.bfloat16
         assert torch.equal(cast.geometry, tokens.geometry) and cast.geometry.dtype == torch.float32
     assert tokens.dtype == torch.float32
@@ -145,22 +130,13 @@ def test_choosing_images(index, chosen):
     assert (part.tile_grid, part.canvas_size) == ((2, 2), (64, 64))
 
 
-@pytest.mark.parametrize(
-    ("index", "error"),
-    [
-        (4, IndexError),
-        (-5, IndexError),
-        ([4], IndexError),
-        ([True, False], IndexError),
-        ("0", TypeError),
-        (True, TypeError),
-        ([0.5], TypeError),
-        (None, TypeError),
-    ],
-)
-def test_choosing_what_is_not_there(index, error):
-    with pytest.raises(error):
-        make_tokens(4)[index]
+def test_choosing_what_is_not_there():
+    for index in (4, -5, [4], [True, False]):
+        with pytest.raises(IndexError):
+            make_tokens(4)[index]
+    for index in ("0", True, [0.5], None):
+        with pytest.raises(TypeError):
+            make_tokens(4)[index]
 
 
 def test_iteration_and_concatenation_undo_each_other():
@@ -168,6 +144,8 @@ def test_iteration_and_concatenation_undo_each_other():
     parts = list(tokens)
     assert [len(part) for part in parts] == [1, 1, 1]
     assert_same(GPSTokens.concatenate(parts), tokens)
+    with pytest.raises(ValueError, match="empty"):
+        GPSTokens.concatenate([])
 
 
 @pytest.mark.parametrize(
@@ -184,11 +162,6 @@ def test_iteration_and_concatenation_undo_each_other():
 def test_concatenation_of_what_differs(other, name):
     with pytest.raises(ValueError, match=f"parts 0 and 1 differ in {name}"):
         GPSTokens.concatenate([make_tokens(), other])
-
-
-def test_concatenation_of_nothing():
-    with pytest.raises(ValueError, match="empty"):
-        GPSTokens.concatenate([])
 
 
 # One tensor, and tiles
@@ -247,14 +220,9 @@ def test_split_undoes_merge(tile_grid):
     assert torch.equal(texture, tiles.texture)
 
 
-def test_a_single_tile_stays_as_it_is():
-    tokens = make_tokens()
-    merged = GPSTokens.merge_tiles(tokens.geometry, tokens.texture, (1, 1), (48, 64))
-    assert_same(merged, tokens)
-
-
-def test_merge_of_a_broken_batch():
+def test_a_single_tile_stays_as_it_is_and_broken_batches_are_refused():
     tokens = make_tokens(6)
+    assert_same(GPSTokens.merge_tiles(tokens.geometry, tokens.texture, (1, 1), (48, 64)), tokens)
     with pytest.raises(ValueError, match="6 tiles are not whole images of 2 x 2 tiles"):
         GPSTokens.merge_tiles(tokens.geometry, tokens.texture, (2, 2), (64, 64))
 

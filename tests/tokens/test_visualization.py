@@ -216,6 +216,8 @@ def test_what_cannot_be_drawn():
         visualize_gaussians(tokens, torch.zeros(3, 60, 90))
     with pytest.raises(TypeError, match="PIL image"):
         visualize_gaussians(tokens, np.zeros((60, 90, 3)))
+    with pytest.raises(ValueError, match=r"give size=\(height, width\)"):
+        visualize_gaussians(tokens.geometry)
     tokens.geometry[0, 0, 2] = float("nan")
     with pytest.raises(ValueError, match="geometry must be finite"):
         visualize_gaussians(tokens)
@@ -286,12 +288,9 @@ def test_long_text_stays_over_its_picture():
     assert (sheet[:, :left] == ground).all()
 
 
-def test_panel_takes_any_mode():
+def test_panel_takes_any_mode_but_not_nothing():
     sheet = panel([("grey", Image.new("L", (256, 256), 9)), ("alpha", Image.new("RGBA", (256, 256)))])
     assert sheet.mode == "RGB"
-
-
-def test_panel_of_nothing():
     with pytest.raises(ValueError, match="at least one column"):
         panel([])
 
