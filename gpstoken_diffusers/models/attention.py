@@ -93,14 +93,20 @@ class TokenAttention(nn.Module, AttentionModuleMixin):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with GELU between them, exact or by its tanh approximation; (..., in) -> (..., out)."""
+    """Two linear layers with an activation between them, GELU unless another is given; (..., in) -> (..., out)."""
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int, approximate: str = "none"):
+    def __init__(
+        self, in_features: int, hidden_features: int, out_features: int, activation: nn.Module | None = None
+    ):
         super().__init__(
             nn.Linear(in_features, hidden_features),
-            nn.GELU(approximate),
+            nn.GELU() if activation is None else activation,
             nn.Linear(hidden_features, out_features),
         )
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        # Group offloading takes slices; torch would make one by this class's constructor.
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
 
 def autocast_disabled(tensor: Tensor) -> torch.autocast:

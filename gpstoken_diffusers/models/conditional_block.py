@@ -28,7 +28,7 @@ class ConditionalBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = TokenAttention(hidden_size, heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(hidden_size, 4 * hidden_size, hidden_size, approximate="tanh")
+        self.ff = FeedForward(hidden_size, 4 * hidden_size, hidden_size, nn.GELU("tanh"))
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
@@ -54,16 +54,14 @@ class ConditionalHead(nn.Module):
         return self.proj(self.norm(hidden_states) * (1 + scale) + shift)
 
 
-class TimeEmbedding(nn.Sequential):
+class TimeEmbedding(FeedForward):
     """Embeds flow time in [0, 1], not scaled, by 256 sines and cosines and two linear layers.
 
     Shapes: (B,) and the dtype that the network computes in -> (B, hidden_size).
     """
 
     def __init__(self, hidden_size: int):
-        super().__init__(
-            nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        super().__init__(TIME_FREQUENCIES, hidden_size, hidden_size, nn.SiLU())
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         waves = get_timestep_embedding(timestep, TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -77,7 +75,7 @@ def fourier_features(values: Tensor, frequencies: int) -> Tensor:
     return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
 
-class GaussianEmbedding(nn.Sequential):
+class GaussianEmbedding(FeedForward):
     """Embeds the Gaussians that condition each token.
 
     Args:
@@ -90,8 +88,7 @@ class GaussianEmbedding(nn.Sequential):
     """
 
     def __init__(self, hidden_size: int, frequencies: int):
-        features = GEOMETRY_CHANNELS + 8 * frequencies
-        super().__init__(nn.Linear(features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        super().__init__(GEOMETRY_CHANNELS + 8 * frequencies, hidden_size, hidden_size, nn.SiLU())
         self.frequencies = frequencies
 
     def forward(self, geometry: Tensor, dtype: torch.dtype) -> Tensor:
