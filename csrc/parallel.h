@@ -17,6 +17,11 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <pthread.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <string>
 #endif
 
 namespace gpstoken {
@@ -33,8 +38,20 @@ inline int useful_threads(int64_t numbers, int num_threads) {
 using RunOnTeam = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
 #if defined(__linux__)
-// A process does not take its threads along when it forks, but OpenMP goes on to count on them and would wait for ever.
-inline std::atomic<bool> is_forked{false};
+// Whether this process came from another by fork, and not by exec since: PF_FORKNOEXEC (0x40) of the flags that the
+// kernel shows behind the name of the program, its state and five numbers.
+inline bool came_by_fork() {
+    std::ifstream file("/proc/self/stat");
+    std::string line, number;
+    std::getline(file, line);
+    std::istringstream rest(line.substr(line.rfind(')') + 1));
+    for (int i = 0; i < 7; ++i) rest >> number;
+    return (std::strtoul(number.c_str(), nullptr, 10) & 0x40) != 0;
+}
+
+// A fork leaves the threads behind, but OpenMP still counts on them and would wait for ever. It may come before this
+// library is loaded, or after.
+inline std::atomic<bool> is_forked{came_by_fork()};
 inline const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 #endif
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.group_norm import group_norm, group_statistics, tile_norm
+from ..ops.norm_reference import standard_deviation
 from ..ops.pixel_norm import pixel_norm
 
 # Of every group norm in the released checkpoints.
@@ -61,7 +62,7 @@ def tile_group_norm(
     if tile_grid == (1, 1):
         return group_norm(x, weight, bias, num_groups, eps, eps_on_std=True, silu=silu)
     var, mean = group_statistics(x, num_groups, tile_grid)
-    std = var.sqrt()
+    std = standard_deviation(var)
     lowest = std.amin(dim=(2, 3))
     floor = torch.full_like(lowest, -torch.inf) if std_floor is None else std_floor * lowest
     return tile_norm(x, mean, std, floor, weight, bias, eps, silu=silu)

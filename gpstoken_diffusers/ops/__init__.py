@@ -1,1 +1,1 @@
-"""The operations with native versions: splatting Gaussians and partitioning images."""
+"""A native function beside its reference: splatting, partition, norms of maps, RoIAlign."""

@@ -1,9 +1,9 @@
 """`group_norm` and `tile_norm`: normalisation over groups of channels with SiLU behind it, native on the CPU.
 
 Registered as operators of the same names with fake kernels and autograd, so that `torch.compile(fullgraph=True)` takes
-them. torch's own group norm for channels-last maps on the CPU subtracts two large sums, and is off by 5e-5 of the
-largest value at 256 x 256, which is more than a released checkpoint's geometry bears. `ops/norm_reference.py` defines
-the results and runs wherever no native library does. The native versions work on channels-last memory and give it.
+them. torch's own group norm for channels-last maps on the CPU subtracts two large sums. At 256 x 256 it is off by 5e-5
+of the largest value, too much for a released checkpoint's geometry. `ops/norm_reference.py` has the references, which
+run where no native library does. The native versions take and give channels-last memory.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpstoken_diffusers.ops.first_order import refuse_second_derivative
-from gpstoken_diffusers.ops.maps import call_native, channels_last, check_map, native_serves
-from gpstoken_diffusers.ops.norm_reference import (
+from .norm_reference import (
     group_norm_backward_reference,
     group_norm_reference,
     group_statistics_reference,
     inverse_std,
     tile_norm_reference,
 )
+from .operators import call_native, channels_last, check_map, native_serves, refuse_second_derivative
 
 __all__ = ["group_norm", "group_statistics", "tile_norm"]
 
@@ -48,7 +47,7 @@ def group_norm(
     Raises ValueError: shapes that do not fit together.
     """
     check_map("group_norm", x, weight, bias, num_groups)
-    if x.device.type != "cpu":  # plain operations, which torch.compile fuses there
+    if x.device.type != "cpu":  # torch.compile fuses the reference there
         return group_norm_reference(x, weight, bias, num_groups, eps, eps_on_std, silu)
     return torch.ops.gpstoken.group_norm(x, weight, bias, num_groups, eps, eps_on_std, silu)[0]
 
@@ -61,7 +60,7 @@ def group_statistics(x: Tensor, num_groups: int, tile_grid: tuple[int, int] = (1
         num_groups: divides C.
         tile_grid: (rows, cols), which divide H and W.
 
-    Differentiable, then by the plain definition. Raises ValueError: shapes that do not fit together.
+    Differentiable, by autograd through the reference. Raises ValueError: shapes that do not fit together.
     """
     check_map("group_statistics", x, None, None, num_groups, tile_grid)
     if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
@@ -89,14 +88,14 @@ def tile_norm(
         weight, bias: (C,).
         eps: added to the std.
 
-    Returns: (B, C, H, W) in the dtype of `x`. Differentiable, then by the plain definition.
+    Returns: (B, C, H, W) in the dtype of `x`. Differentiable, by autograd through the reference.
 
     Raises ValueError: shapes that do not fit together.
     """
     check_map("tile_norm", x, weight, bias, mean.shape[1])
     if mean.shape != std.shape or floor.shape != mean.shape[:2] or len(mean) != len(x):
         shapes = [tuple(figure.shape) for figure in (mean, std, floor)]
-        raise ValueError(f"tile_norm: mean and std must be (B, G, rows, cols) and floor (B, G), got {shapes}.")
+        raise ValueError(f"tile_norm: expected mean and std (B, G, rows, cols) and floor (B, G), got {shapes}.")
     inputs = (x, mean, std, floor, weight, bias)
     if x.device.type != "cpu" or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return tile_norm_reference(*inputs, eps, silu)
@@ -143,7 +142,7 @@ def _(x: Tensor, num_groups: int, rows: int, cols: int) -> tuple[Tensor, Tensor]
 @torch.library.impl(_GROUP_NORM, "cpu")
 def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
     if not native_serves("group_norm", x):
-        return _plain_group_norm(x, weight, bias, num_groups, eps, eps_on_std, silu)
+        return _group_norm_on_reference(x, weight, bias, num_groups, eps, eps_on_std, silu)
     x = channels_last(x)
     var, mean = torch.ops.gpstoken.group_statistics(x, num_groups, 1, 1)
     inverse, _ = inverse_std(var, eps, eps_on_std)
@@ -163,12 +162,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, eps_
 @torch.library.impl(_GROUP_NORM_BACKWARD, "cpu")
 def _(x, weight, bias, grad_out, var, mean, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
     if not native_serves("group_norm", x):
-        return _plain_group_norm_backward(x, weight, bias, grad_out, num_groups, eps, eps_on_std, silu)
+        return _group_norm_backward_on_reference(x, weight, bias, grad_out, num_groups, eps, eps_on_std, silu)
     x, grad_out = channels_last(x), channels_last(grad_out.to(x.dtype))
-    plain = [weight.float().contiguous(), bias.float().contiguous()]
-    grad_x, grads = torch.empty_like(x), [torch.empty_like(values) for values in plain]
+    parameters = [weight.float().contiguous(), bias.float().contiguous()]
+    grad_x, grads = torch.empty_like(x), [torch.empty_like(values) for values in parameters]
     figures = [mean.contiguous(), *inverse_std(var.contiguous(), eps, eps_on_std)]
-    tensors = [x, *figures, *plain, grad_out, grad_x, *grads]
+    tensors = [x, *figures, *parameters, grad_out, grad_x, *grads]
     call_native("gpstoken_group_norm_backward_cpu", tensors, [*_group_sizes(x, num_groups), silu], x)
     return grad_x, grads[0].to(weight.dtype), grads[1].to(bias.dtype)
 
@@ -199,13 +198,13 @@ torch.library.register_autograd(_GROUP_NORM, _group_norm_autograd, setup_context
 refuse_second_derivative(_GROUP_NORM_BACKWARD)
 
 
-def _plain_group_norm(x, weight, bias, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
+def _group_norm_on_reference(x, weight, bias, num_groups, eps, eps_on_std, silu):
     var, mean = group_statistics_reference(x, num_groups, 1, 1)
     out = group_norm_reference(x, weight, bias, num_groups, eps, eps_on_std, silu)
     return channels_last(out), var, mean
 
 
-def _plain_group_norm_backward(x, weight, bias, grad_out, num_groups: int, eps: float, eps_on_std: bool, silu: bool):
+def _group_norm_backward_on_reference(x, weight, bias, grad_out, num_groups, eps, eps_on_std, silu):
     grad_x, *others = group_norm_backward_reference(x, weight, bias, grad_out, num_groups, eps, eps_on_std, silu)
     return channels_last(grad_x), *others
 
@@ -228,8 +227,8 @@ def _(x, mean, std, floor, weight, bias, eps: float, silu: bool) -> Tensor:
     ]
     tiles, shares = _bicubic_taps(cols, x.shape[3])
     out = torch.empty_like(x)
-    plain = [floor.float().contiguous(), tiles, shares, weight.float().contiguous(), bias.float().contiguous()]
-    call_native("gpstoken_tile_norm_cpu", [x, *tall, *plain, out], [*sizes, cols, eps, silu], x)
+    others = [floor.float().contiguous(), tiles, shares, weight.float().contiguous(), bias.float().contiguous()]
+    call_native("gpstoken_tile_norm_cpu", [x, *tall, *others, out], [*sizes, cols, eps, silu], x)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The definitions of `pixel_norm` and `group_norm` in plain PyTorch, for every device.
+"""The references of `pixel_norm`, `group_norm` and `tile_norm` in PyTorch, for every device.
 
 Both normalise a map (B, C, H, W), y = activate((x - mean) / deviation * weight + bias), where activate is SiLU or
 nothing: over the channels of each pixel by itself, deviation = sqrt(var + eps); or over groups of channels and the
@@ -19,6 +19,7 @@ __all__ = [
     "normalise_reference",
     "pixel_norm_backward_reference",
     "pixel_norm_reference",
+    "standard_deviation",
     "tile_norm_reference",
 ]
 
@@ -51,8 +52,8 @@ def normalise_reference(
 ) -> Tensor:
     """activate((x - mean) * inverse_std * weight + bias).
 
-    The mean goes first: folded into one scale and shift, it would cancel against x only after both were multiplied,
-    which in a flat group (inverse_std up to 1 / eps) leaves nothing but rounding.
+    The mean is subtracted first. Folded into a shift it would cancel only after both were multiplied by up to 1 / eps,
+    and in a flat group nothing but rounding would be left.
 
     Args:
         x: (B, C, H, W).
@@ -62,11 +63,9 @@ def normalise_reference(
     group_size = x.shape[1] // mean.shape[1]
     mean = mean.repeat_interleave(group_size, dim=1)
     scale = inverse_std.repeat_interleave(group_size, dim=1) * weight.to(mean.dtype)[:, None, None]
-    dtype = x.dtype
-    if dtype == torch.float16:
-        x = x.float()  # 1 / eps lies beyond float16's range, which a flat group would meet
-    y = torch.addcmul(bias.to(x.dtype)[:, None, None], x - mean.to(x.dtype), scale.to(x.dtype))
-    return (F.silu(y) if silu else y).to(dtype)
+    # In float32 at least: 16 bits would round the mean, and 1 / eps of a flat group lies beyond float16's range.
+    y = torch.addcmul(bias.to(mean.dtype)[:, None, None], x - mean, scale)
+    return (F.silu(y) if silu else y).to(x.dtype)
 
 
 def group_norm_reference(
@@ -110,13 +109,22 @@ def tile_norm_reference(
 
 
 def inverse_std(var: Tensor, eps: float, eps_on_std: bool) -> tuple[Tensor, Tensor]:
-    """1 / deviation, and its derivative by the variance (0 where a deviation of 0 leaves it undefined)."""
+    """1 / deviation, and its derivative by the variance: 0 where the deviation is 0."""
     if not eps_on_std:
         inverse = torch.rsqrt(var + eps)
         return inverse, -0.5 * inverse**3
-    std = var.sqrt()
+    std = standard_deviation(var)
     inverse = 1 / (std + eps)
     return inverse, torch.where(std > 0, -0.5 * inverse**2 / std, 0)
+
+
+def standard_deviation(var: Tensor) -> Tensor:
+    """The root of a variance, with a gradient of zero where that is zero.
+
+    There the root has none, and autograd would multiply infinity by the variance's own zero.
+    """
+    deviates = var > 0
+    return torch.where(deviates, var, 1).sqrt() * deviates
 
 
 def _backward(

@@ -1,7 +1,7 @@
 """Adaptive partition of images into regions, and the initial Gaussian of each region.
 
 Detail attracts tokens: the region with the most complex gradients is halved first.
-`ops/partition_reference.py` defines the result exactly. A user can attract tokens too, by an importance map.
+`ops/partition_reference.py` is the reference. A user can attract tokens too, by an importance map.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpstoken_diffusers.ops import partition_cuda
-from gpstoken_diffusers.ops.backend import native
-from gpstoken_diffusers.ops.partition_reference import partition_image_reference, region_complexity
+from . import partition_cuda
+from .backend import native
+from .partition_reference import partition_image_reference, region_complexity
 
 __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partition_image"]
 
@@ -147,8 +147,8 @@ def partition_image(
         ValueError: sizes, ranges or numbers outside the above, NaN or infinite values.
         TypeError: an image or map of another type.
 
-    Under `torch.compile` it runs outside the graph. A CUDA graph can hold it once it has run on the device; what is
-    captured does not look for numbers that should not be there, since that needs the host.
+    Under `torch.compile` it runs outside the graph. A CUDA graph can hold it once it has run on the device; it is
+    captured without the checks for NaN and out-of-range values, which need the host.
     """
     grey, device = _grey_batch(image)
     batch, height, width = grey.shape

@@ -1,4 +1,4 @@
-"""The partition of images that lie on a GPU, by the native library: nothing of a picture goes back to the host."""
+"""The partition of images on a GPU by the native library. No pixel goes back to the host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from gpstoken_diffusers.ops.backend import native
+from .backend import native
 
 __all__ = ["partition_on_cuda", "serves"]
 
@@ -16,7 +16,7 @@ _COUNTS = 64 * 64 + 1  # of samples in a bin, see csrc/partition_shared.h
 
 
 def serves(device: torch.device) -> bool:
-    """Whether images on this device are partitioned there; says so once if only the library is missing."""
+    """Whether images on this device are partitioned there. Logs once if only the library is missing."""
     if device.type != "cuda":
         return False
     if native.library("cuda") is None:
@@ -34,8 +34,8 @@ def partition_on_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Regions (B, num_tokens, 4) int32 of dense float32 images (B, H, W) on a GPU, and their complexities, float64.
 
-    bias: as the images, or None. No checks, and no waiting for the device, but at the first call on it. Values
-    outside [-1, 1] are cut off.
+    bias: as the images, or None. Nothing is checked, and only the first call on a device waits for it. Values
+    outside [-1, 1] are clamped.
     """
     device = grey.device
     with torch.cuda.device(device):

@@ -1,4 +1,4 @@
-"""The definition of the adaptive partition, in plain NumPy; the native library is tested against it.
+"""The reference of the adaptive partition, in NumPy. The native libraries give the same regions to the last one.
 
 An image starts as one region. As long as there are fewer regions than tokens wanted, the most complex region
 that can still be split is cut in half; its two halves join the end of the list. Every final region becomes

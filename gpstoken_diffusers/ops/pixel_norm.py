@@ -1,8 +1,8 @@
 """`pixel_norm`: layer normalisation over the channels of each pixel of a map with SiLU behind it, native on the CPU.
 
 Registered as `gpstoken::pixel_norm` with a fake kernel and autograd, so that `torch.compile(fullgraph=True)` takes it.
-One pass over memory does what torch does in two. `ops/norm_reference.py` defines the result and runs wherever no native
-library does. The native version works on channels-last memory and gives it.
+One pass over memory does what torch does in two. The reference is in `ops/norm_reference.py` and runs where no native
+library does. The native version takes and gives channels-last memory.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpstoken_diffusers.ops.first_order import refuse_second_derivative
-from gpstoken_diffusers.ops.maps import call_native, channels_last, check_map, native_serves
-from gpstoken_diffusers.ops.norm_reference import (
+from .norm_reference import (
     pixel_norm_backward_reference,
     pixel_norm_reference,
 )
+from .operators import call_native, channels_last, check_map, native_serves, refuse_second_derivative
 
 __all__ = ["pixel_norm"]
 
@@ -33,7 +32,7 @@ def pixel_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool =
     Raises ValueError: shapes that do not fit together.
     """
     check_map("pixel_norm", x, weight, bias)
-    if x.device.type != "cpu":  # plain operations, which torch.compile fuses there
+    if x.device.type != "cpu":  # torch.compile fuses the reference there
         return pixel_norm_reference(x, weight, bias, eps, silu)
     return torch.ops.gpstoken.pixel_norm(x, weight, bias, eps, silu)
 
@@ -66,11 +65,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor
 @torch.library.impl(_PIXEL_NORM_BACKWARD, "cpu")
 def _(x: Tensor, weight: Tensor, bias: Tensor, grad_out: Tensor, eps: float, silu: bool):
     if not native_serves("pixel_norm", x):
-        return _plain_pixel_norm_backward(x, weight, bias, grad_out, eps, silu)
+        return _pixel_norm_backward_on_reference(x, weight, bias, grad_out, eps, silu)
     x, grad_out = channels_last(x), channels_last(grad_out.to(x.dtype))
-    plain = [weight.float().contiguous(), bias.float().contiguous()]
-    grad_x, grads = torch.empty_like(x), [torch.empty_like(values) for values in plain]
-    tensors = [x, *plain, grad_out, grad_x, *grads]
+    parameters = [weight.float().contiguous(), bias.float().contiguous()]
+    grad_x, grads = torch.empty_like(x), [torch.empty_like(values) for values in parameters]
+    tensors = [x, *parameters, grad_out, grad_x, *grads]
     call_native("gpstoken_pixel_norm_backward_cpu", tensors, [_pixels(x), x.shape[1], eps, silu], x)
     return grad_x, grads[0].to(weight.dtype), grads[1].to(bias.dtype)
 
@@ -94,7 +93,7 @@ def _pixel_norm_autograd(ctx, grad_out: Tensor) -> tuple:
     return *gradients, None, None
 
 
-def _plain_pixel_norm_backward(x, weight, bias, grad_out, eps: float, silu: bool):
+def _pixel_norm_backward_on_reference(x, weight, bias, grad_out, eps: float, silu: bool):
     grad_x, *others = pixel_norm_backward_reference(x, weight, bias, grad_out, eps, silu)
     return channels_last(grad_x), *others
 

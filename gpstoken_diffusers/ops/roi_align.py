@@ -1,8 +1,8 @@
 """`roi_align`: bilinear samples of a feature map, averaged over a grid of cells in each region; native on the CPU.
 
-The function is torchvision's RoIAlign (aligned, with as many samples per cell as it has features), which runs wherever
-no native library does. On the CPU that one wants float32 in contiguous memory and works number by number; the native
-version reads float32, bfloat16 and float16 where channels-last memory has them, and sums in float32. A training step of
+The reference is torchvision's RoIAlign (aligned, with as many samples per cell as it has features). It runs where no
+native library does. On the CPU it wants float32 in contiguous memory and works number by number. The native version
+reads float32, bfloat16 and float16 where channels-last memory has them, and sums in float32. A training step of
 gpstoken-mini in bfloat16, batch of 2, takes 6 to 7% longer with torchvision's (one thread of an AMD EPYC with AVX-512).
 
 Registered as `gpstoken::roi_align` with a fake kernel and autograd, so that `torch.compile(fullgraph=True)` takes it.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from gpstoken_diffusers.ops.maps import call_native, channels_last, native_serves
+from .operators import call_native, channels_last, native_serves
 
 __all__ = ["roi_align"]
 
@@ -46,13 +46,15 @@ def roi_align(features: Tensor, regions: Tensor, size: int, scale: float) -> Ten
             f"{tuple(features.shape)} and {tuple(regions.shape)}."
         )
     if not features.is_floating_point():
-        raise TypeError(f"roi_align: features must be floating point, got {features.dtype}.")
+        raise TypeError(f"roi_align: expected floating-point features, got {features.dtype}.")
     if regions.is_complex() or regions.dtype == torch.bool:
-        raise TypeError(f"roi_align: regions must be real numbers, got {regions.dtype}.")
+        raise TypeError(f"roi_align: expected regions of real numbers, got {regions.dtype}.")
     if regions.device != features.device:
-        raise ValueError(f"roi_align: features are on {features.device}, regions on {regions.device}.")
+        raise ValueError(
+            f"roi_align: expected one device, got features on {features.device}, regions on {regions.device}."
+        )
     if size < 1 or not scale > 0:
-        raise ValueError(f"roi_align: size and scale must be positive, got {size} and {scale}.")
+        raise ValueError(f"roi_align: expected a positive size and scale, got {size} and {scale}.")
     if features.device.type == "cpu":
         return torch.ops.gpstoken.roi_align(features, regions, size, scale)
     with torch.autocast(features.device.type, enabled=False):
@@ -80,8 +82,8 @@ def _(features: Tensor, regions: Tensor, size: int, scale: float) -> Tensor:
         sizes = [batch_size, height, width, channels, regions.shape[1], size]
         call_native("gpstoken_roi_align_cpu", tensors, [*sizes, scale], features)
         return cells
-    plain = torch.ops.torchvision.roi_align
-    found = plain(_wide(features), _boxes(regions, features), scale, size, size, -1, True)
+    reference = torch.ops.torchvision.roi_align
+    found = reference(_wide(features), _boxes(regions, features), scale, size, size, -1, True)
     return cells.copy_(found.view(cells.shape))
 
 
@@ -100,9 +102,9 @@ def _(grad_cells: Tensor, regions: Tensor, height: int, width: int, scale: float
         sizes = [batch_size, height, width, channels, regions.shape[1], size]
         call_native("gpstoken_roi_align_backward_cpu", tensors, [*sizes, scale], grad_cells)
         return grad_features
-    plain = torch.ops.torchvision._roi_align_backward
+    reference = torch.ops.torchvision._roi_align_backward
     boxes, grads = _boxes(regions, grad_cells), _wide(grad_cells).flatten(0, 1)
-    return grad_features.copy_(plain(grads, boxes, scale, size, size, *shape, -1, True))
+    return grad_features.copy_(reference(grads, boxes, scale, size, size, *shape, -1, True))
 
 
 @torch.library.register_fake(_ROI_ALIGN_BACKWARD)
@@ -146,7 +148,7 @@ def _check_regions(regions: Tensor, scale: float) -> None:
     x0, y0, x1, y1 = regions.double().unbind(-1)
     for axis, extent in (("x", (x1 - x0) * scale), ("y", (y1 - y0) * scale)):
         if not ((extent >= 0) & (extent < LARGEST_EXTENT)).all():  # NaN is neither
-            raise ValueError(f"roi_align: regions must be finite and end, in {axis}, where they start or after.")
+            raise ValueError(f"roi_align: expected finite regions that end, in {axis}, where they start or after.")
 
 
 def _boxes(regions: Tensor, features: Tensor) -> Tensor:

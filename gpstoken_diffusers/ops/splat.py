@@ -1,9 +1,8 @@
 """`splat_gaussians`: tokens to a feature map, with a native version for the CPU and for CUDA.
 
 Registered as the operators `gpstoken::splat_gaussians` and `gpstoken::splat_gaussians_backward`, with fake
-kernels and autograd, so that `torch.compile(fullgraph=True)` takes them. `ops/splat_reference.py` defines the
-result and runs wherever no native library does: other devices, float64, or a package that was built without a
-compiler.
+kernels and autograd, so that `torch.compile(fullgraph=True)` takes them. The reference, `ops/splat_reference.py`, runs
+where no native library does: on other devices, in float64, or without a compiler at installation.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from gpstoken_diffusers.ops.backend import native
-from gpstoken_diffusers.ops.first_order import refuse_second_derivative
-from gpstoken_diffusers.ops.splat_reference import (
+from .backend import native
+from .operators import refuse_second_derivative
+from .splat_reference import (
     splat_gaussians_backward_reference,
     splat_gaussians_reference,
 )
@@ -71,7 +70,7 @@ def _check(geometry: Tensor, texture: Tensor, height: int, width: int, support: 
             f"({geometry.shape[0]}, {geometry.shape[1]}, any), got {tuple(texture.shape)}."
         )
     if geometry.device != texture.device:
-        raise ValueError(f"geometry is on {geometry.device} but texture on {texture.device}: move one of them.")
+        raise ValueError(f"expected one device, got geometry on {geometry.device} but texture on {texture.device}.")
     if height < 1 or width < 1:
         raise ValueError(f"height and width: expected at least 1, got {height} x {width}.")
     if not 0 < support < math.inf:
@@ -158,7 +157,7 @@ refuse_second_derivative(_BACKWARD)
 
 
 def _native_serves(geometry: Tensor, texture: Tensor) -> bool:
-    """Whether the device's native library takes this call; says so once if it only fails to be there."""
+    """Whether the device's native library takes this call. Logs once if it would but is missing."""
     if geometry.dtype != torch.float32 or native.dtype_code(texture.dtype) is None:
         return False
     device = geometry.device.type

@@ -1,4 +1,4 @@
-"""The definition of `splat_gaussians` and of its gradient, in plain PyTorch for every device.
+"""The reference of `splat_gaussians` and of its gradient: PyTorch, for every device.
 
 A token has geometry (sigma_x, sigma_y, rho, x, y) in [-1, 1] coordinates of the image. At the pixel centre
 (px, py), with u = (px - x) / sigma_x and v = (py - y) / sigma_y, its weight is
@@ -94,7 +94,7 @@ def _compute_dtype(geometry: Tensor, texture: Tensor) -> torch.dtype:
 
 
 def _paints(geometry: Tensor) -> Tensor:
-    """(B, N) bool: tokens whose numbers make sense. Others paint nothing."""
+    """(B, N) bool: which tokens paint at all."""
     sigma, rho = geometry[..., :2], geometry[..., 2]
     positive = (sigma >= torch.finfo(torch.float32).tiny).all(-1)
     return geometry.isfinite().all(-1) & positive & (rho.abs() < 1)

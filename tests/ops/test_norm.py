@@ -1,4 +1,4 @@
-"""Normalisation of maps: the native versions against the plain definitions, values and gradients."""
+"""Normalisation of maps: the native versions against the references, values and gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from package_process import run_code_on
 from torch import Tensor
 
+from gpstoken_diffusers.models.norms import tile_group_norm
 from gpstoken_diffusers.ops.backend import native
 from gpstoken_diffusers.ops.group_norm import group_norm, group_statistics, tile_norm
 from gpstoken_diffusers.ops.norm_reference import (
@@ -71,8 +72,8 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
         assert error <= TOLERANCE[dtype] * scale, (name, error / scale)
 
 
-def definitions(num_groups: int, silu: bool):
-    """(name, ours, the definition) of everything that normalises."""
+def norms(num_groups: int, silu: bool):
+    """(name, ours, the reference) of everything that normalises."""
     yield (
         "pixel",
         lambda x, w, b: pixel_norm(x, w, b, 1e-5, silu),
@@ -88,10 +89,10 @@ def definitions(num_groups: int, silu: bool):
 
 def check(shape: tuple[int, ...], num_groups: int, dtype: torch.dtype, silu: bool, layout: str) -> None:
     x, weight, bias, grad = inputs(shape, dtype, layout)
-    for name, ours, definition in definitions(num_groups, silu):
+    for name, ours, reference in norms(num_groups, silu):
         if shape[2] * shape[3] * (shape[1] // num_groups) == 1 or (name == "pixel" and shape[1] == 1):
             continue  # a single number has no deviation; see test_flat_maps
-        expected = with_gradients(definition, x.double(), weight.double(), bias.double(), grad.double())
+        expected = with_gradients(reference, x.double(), weight.double(), bias.double(), grad.double())
         actual = with_gradients(ours, x, weight, bias, grad)
         assert actual[0].dtype == actual[1].dtype == dtype and actual[2].dtype == torch.float32
         assert actual[0].is_contiguous(memory_format=torch.channels_last)
@@ -100,21 +101,21 @@ def check(shape: tuple[int, ...], num_groups: int, dtype: torch.dtype, silu: boo
 
 @pytest.mark.parametrize("shape, num_groups", SHAPES[1:4])
 @pytest.mark.parametrize("silu", [False, True])
-def test_backward_definitions_are_the_gradients_of_the_forward_ones(shape, num_groups, silu):
+def test_the_references_gradients_are_autograds(shape, num_groups, silu):
     x, weight, bias, grad = (tensor.double() for tensor in inputs(shape, torch.float32))
-    for name, _, definition in definitions(num_groups, silu):
+    for name, _, reference in norms(num_groups, silu):
         if name == "pixel":
             actual = pixel_norm_backward_reference(x, weight, bias, grad, 1e-5, silu)
         else:
             actual = group_norm_backward_reference(x, weight, bias, grad, num_groups, 1e-6, name == "group True", silu)
-        for ours, theirs in zip(actual, with_gradients(definition, x, weight, bias, grad)[1:], strict=True):
+        for ours, theirs in zip(actual, with_gradients(reference, x, weight, bias, grad)[1:], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @needs_native
 @pytest.mark.parametrize("shape, num_groups", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_equals_definition(shape, num_groups, dtype):
+def test_native_equals_reference(shape, num_groups, dtype):
     for silu, layout in itertools.product((False, True), ("channels_last", "contiguous", "sliced")):
         check(shape, num_groups, dtype, silu, layout)
 
@@ -240,8 +241,8 @@ def test_statistics_do_not_cancel(mean):
 @pytest.mark.parametrize("size", [(16, 16), (96, 97)])
 def test_statistics_of_uneven_maps(size):
     """Numbers that differ from all before or behind them: no pixel, row or part of the map stands for the others."""
-    plain = torch.randn(1, 48, *size, generator=torch.Generator().manual_seed(0))
-    maps = [plain.clone() for _ in range(4)]
+    base = torch.randn(1, 48, *size, generator=torch.Generator().manual_seed(0))
+    maps = [base.clone() for _ in range(4)]
     maps[0][..., 0, 0] = 1e5
     maps[1][..., 0] = 1e4
     maps[2][..., size[0] // 2 :, :] += 1e5
@@ -264,12 +265,14 @@ def test_a_large_mean_is_taken_off_first():
 def test_flat_maps():
     """Nothing deviates: the result is the activated bias, and no gradient is anything but a number."""
     x, weight, bias, grad = inputs((2, 8, 4, 4), torch.float32)
-    for name, ours, _ in definitions(4, True):
+    per_tile = ("tile True", *[lambda x, w, b: tile_group_norm(x, w, b, 4, 1e-6, (2, 2), silu=True)] * 2)
+    functions = [(name, function) for name, *both in (*norms(4, True), per_tile) for function in both]
+    for name, function in functions:
         flat = torch.full_like(x, 3.3)
-        out, grad_x, *others = with_gradients(ours, flat, weight, bias, grad)
+        out, grad_x, *others = with_gradients(function, flat, weight, bias, grad)
         expected = torch.nn.functional.silu(bias)[:, None, None].expand_as(x)
         # Of equal numbers the mean is that number or one rounding beside it, 2.4e-7, over sqrt(eps) or eps.
-        tolerance = 2.4e-7 * weight.abs().max().item() * (1e6 if name == "group True" else 1e3)
+        tolerance = 2.4e-7 * weight.abs().max().item() * (1e6 if name.endswith("True") else 1e3)
         torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
         assert all(tensor.isfinite().all() for tensor in (grad_x, *others)), name
     single = torch.tensor(5.0).reshape(1, 1, 1, 1)
@@ -288,6 +291,15 @@ def test_large_inputs_of_the_activation():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+def test_the_reference_keeps_a_mean_in_float32() -> None:
+    """Rounded to bfloat16, a mean of 3 would be off by up to 0.008, here a tenth of a deviation."""
+    x = (torch.randn(1, 32, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.08 + 3.01).bfloat16()
+    weight, bias = torch.ones(32), torch.zeros(32)
+    exact = group_norm_reference(x.double(), weight, bias, 32, 1e-6, False, False)
+    error = group_norm_reference(x, weight, bias, 32, 1e-6, False, False) - exact
+    assert error.square().mean().sqrt() < 0.003  # rounding of the result alone: 2^-8 / sqrt(12) of numbers around 1
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_matter(dtype):
@@ -296,7 +308,7 @@ def test_threads_do_not_matter(dtype):
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            results.append([tensor for _, ours, _ in definitions(8, True) for tensor in with_gradients(ours, *tensors)])
+            results.append([tensor for _, ours, _ in norms(8, True) for tensor in with_gradients(ours, *tensors)])
             results[-1] += [figure for grid in ((1, 1), (4, 37)) for figure in group_statistics(tensors[0], 8, grid)]
     finally:
         torch.set_num_threads(before)
@@ -350,10 +362,10 @@ def test_autocast_leaves_the_type_alone():
 @pytest.mark.parametrize("call, message", [
     (lambda: pixel_norm(torch.zeros(2, 3, 4), torch.ones(3), torch.ones(3), 1e-5), r"\(B, C, H, W\), .* \(2, 3, 4\)"),
     (lambda: pixel_norm(torch.zeros(1, 3, 2, 2).int(), torch.ones(3), torch.ones(3), 1e-5), "floating-point"),
-    (lambda: pixel_norm(torch.zeros(1, 3, 2, 2), torch.ones(4), torch.ones(3), 1e-5), r"weight .* got \(4,\)"),
+    (lambda: pixel_norm(torch.zeros(1, 3, 2, 2), torch.ones(4), torch.ones(3), 1e-5), r"expected weight .* got \(4,\)"),
     (lambda: group_norm(torch.zeros(1, 3, 2, 2), torch.ones(3), torch.ones(1), 1, 1e-5), r"bias .* got \(1,\)"),
-    (lambda: group_norm(torch.zeros(1, 6, 2, 2), torch.ones(6), torch.ones(6), 4, 1e-5), "6 channels .* 4 groups"),
-    (lambda: group_statistics(torch.zeros(1, 6, 5, 4), 2, (2, 2)), "5 x 4 pixels .* 2 x 2 tiles"),
+    (lambda: group_norm(torch.zeros(1, 6, 2, 2), torch.ones(6), torch.ones(6), 4, 1e-5), "divides 6 channels, got 4"),
+    (lambda: group_statistics(torch.zeros(1, 6, 5, 4), 2, (2, 2)), "divides 5 x 4 pixels, got 2 x 2"),
     (lambda: tile_norm(torch.zeros(1, 6, 4, 4), *[torch.ones(1, 2, 2, 2)] * 3, *[torch.ones(6)] * 2, 1e-5), "floor"),
 ])  # fmt: skip
 def test_bad_input(call, message):

@@ -204,7 +204,7 @@ def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_library_that_is_no_nvrtc_and_no_driver(host_path: Path) -> None:
-    with pytest.raises(OSError, match="is no NVRTC of version 11.2 or later"):
+    with pytest.raises(OSError, match="is not NVRTC 11.2 or later"):
         nvrtc.Compiler(host_path)
     for path in (str(host_path), "libno_such_driver.so"):
         with pytest.raises(OSError, match="NVIDIA's driver cannot be loaded"):

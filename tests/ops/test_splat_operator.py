@@ -147,7 +147,7 @@ GEOMETRY, TEXTURE = torch.zeros(2, 4, 5), torch.zeros(2, 4, 3)
     (torch.zeros(2, 4, 6), TEXTURE, 4, 4, 3.0, ValueError, r"got \(2, 4, 6\)"),
     (GEOMETRY, TEXTURE[:, :3], 4, 4, 3.0, ValueError, r"\(2, 4, any\).*got \(2, 3, 3\)"),
     (GEOMETRY, TEXTURE[:1], 4, 4, 3.0, ValueError, r"got \(1, 4, 3\)"),
-    (GEOMETRY, TEXTURE.to("meta"), 4, 4, 3.0, ValueError, "geometry is on cpu but texture on meta"),
+    (GEOMETRY, TEXTURE.to("meta"), 4, 4, 3.0, ValueError, "geometry on cpu but texture on meta"),
     (GEOMETRY, TEXTURE, 0, 4, 3.0, ValueError, "at least 1, got 0 x 4"),
     (GEOMETRY, TEXTURE, 4, -1, 3.0, ValueError, "at least 1, got 4 x -1"),
     (GEOMETRY, TEXTURE, 4, 4, 0.0, ValueError, "support: expected a positive"),

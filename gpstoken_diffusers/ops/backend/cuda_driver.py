@@ -33,7 +33,7 @@ class Driver:
         path: the file; by default the one of the system.
 
     Raises:
-        OSError: it cannot be loaded: there is no NVIDIA driver, or not one that is meant for CUDA.
+        OSError: it cannot be loaded: there is no NVIDIA driver, or one without CUDA.
     """
 
     def __init__(self, path: str | None = None) -> None:

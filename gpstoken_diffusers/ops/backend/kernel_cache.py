@@ -6,7 +6,7 @@ import hashlib
 import logging
 from pathlib import Path
 
-from gpstoken_diffusers.safe_files import write_atomically
+from ...safe_files import write_atomically
 
 __all__ = ["CACHE", "read_kernel", "write_kernel"]
 
@@ -20,10 +20,10 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def read_kernel(key: str, folder: Path = CACHE) -> tuple[str, bytes] | None:
-    """What [`write_kernel`] stored under a key: the name and the code. None if there is nothing, or not that.
+    """What [`write_kernel`] stored under a key, name and code, or None.
 
-    A file that is truncated, changed or stored under another key counts as none. Whoever can write to this folder can
-    forge one all the same, as anything else that belongs to the user.
+    A file that is truncated, changed or stored under another key counts as none. That finds damage, not forgery.
+    Whoever can write to the folder can replace a kernel.
     """
     try:
         content = (folder.expanduser() / f"{key}.kernel").read_bytes()
@@ -32,14 +32,14 @@ def read_kernel(key: str, folder: Path = CACHE) -> tuple[str, bytes] | None:
     start = len(_MAGIC) + _DIGEST_BYTES
     payload = content[start:]
     if content[:start] != _MAGIC + _digest(key, payload):
-        logger.warning("a damaged file of %s is not used: the kernel is compiled again.", folder)
+        logger.warning("a damaged file in %s is ignored, and its kernel compiled again.", folder)
         return None
     name, _, code = payload.partition(b"\n")
     return name.decode(), code
 
 
 def write_kernel(key: str, name: str, code: bytes, folder: Path = CACHE) -> None:
-    """Stores a kernel, atomically: several processes may do so at once. A folder that refuses is only warned of.
+    """Stores a kernel atomically: several processes may do so at once. Warns if the folder cannot be written.
 
     Args:
         key: hash of everything that the code depends on, in hexadecimal: the file's name.
@@ -52,7 +52,7 @@ def write_kernel(key: str, name: str, code: bytes, folder: Path = CACHE) -> None
         path = folder.expanduser() / f"{key}.kernel"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _MAGIC + _digest(key, payload) + payload)
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where the user's folder is
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         logger.warning("kernels cannot be kept in %s (%s): every process compiles its own.", folder, error)
 
 

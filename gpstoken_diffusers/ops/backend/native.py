@@ -1,14 +1,13 @@
-"""Finds, loads and explains the native libraries. The only module that knows where csrc's are.
+"""Finds, loads and explains the native libraries. No other module knows where they lie.
 
-The libraries are plain C (csrc/gpstoken_native.h), built by CMake while pip installs, and lie in the `lib`
-folder of the package. Everything works without them, on the plain PyTorch definitions (`ops/*_reference.py`),
-only slower. Where nvcc was not there to build the one for CUDA, NVRTC compiles its kernels when they are first used
-(`ops/backend/run_time_kernels.py`).
+They have a C interface (csrc/gpstoken_native.h), are built by CMake while pip installs, and lie in the package's `lib`
+folder. Everything works without them, more slowly, on the references (`ops/*_reference.py`). Where nvcc was missing,
+NVRTC compiles the CUDA kernels when they are first used (`ops/backend/run_time_kernels.py`).
 
     python -m gpstoken_diffusers.ops.backend.native      prints which backends exist and which one each op uses
 
-The environment variable GPSTOKEN_BACKEND=reference forces the plain definitions; GPSTOKEN_BACKEND=nvrtc leaves the
-library alone that nvcc built.
+The environment variable GPSTOKEN_BACKEND=reference goes without native code; GPSTOKEN_BACKEND=nvrtc goes without the
+library that nvcc built.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from pathlib import Path
 import torch
 
 import gpstoken_diffusers
-from gpstoken_diffusers.ops.backend.cuda_driver import Driver
-from gpstoken_diffusers.ops.backend.nvrtc import find_compiler
-from gpstoken_diffusers.ops.backend.run_time_kernels import KernelBuilder, RunTimeKernels
+
+from .cuda_driver import Driver
+from .nvrtc import find_compiler
+from .run_time_kernels import KernelBuilder, RunTimeKernels
 
 __all__ = ["announce_fallback", "call", "doctor", "dtype_code", "library", "reference_forced", "why_missing"]
 
@@ -69,7 +69,7 @@ _SIGNATURES: dict[str, dict[str, list[type]]] = {
     },
 }
 
-# What the other functions return, those that tell something of the library instead of doing work.
+# What the remaining functions return: they describe the library.
 _ANSWERS: dict[str, dict[str, type]] = {
     "cpu": {"gpstoken_cpu_isa": ctypes.c_char_p, "gpstoken_partition_evaluations_cpu": _SIZE},
     "cuda": {"gpstoken_cuda_error_string": ctypes.c_char_p},
@@ -89,8 +89,8 @@ _RESULTS = {
 }
 _CUDA_ERROR = 1000
 
-# The native libraries that can serve an op on each kind of device, the fastest first; none: there is only the plain
-# definition. The cpu library serves other devices by way of host memory.
+# The native libraries that can serve an op on each kind of device, the fastest first; with none there is only
+# the reference. The cpu library serves other devices by way of host memory.
 _OPS: dict[str, dict[str, tuple[str, ...]]] = {
     "splat_gaussians": {"cpu": ("cpu",), "cuda": ("cuda",), "mps": ()},
     "group_norm": {"cpu": ("cpu",), "cuda": (), "mps": ()},
@@ -103,7 +103,7 @@ _announced: set[tuple[str, str]] = set()
 
 
 def reference_forced() -> bool:
-    """Whether GPSTOKEN_BACKEND asks for the plain definitions. ValueError for an unknown value."""
+    """Whether GPSTOKEN_BACKEND asks for the references. ValueError for an unknown value."""
     return _backend() == "reference"
 
 
@@ -134,7 +134,7 @@ def why_missing(kind: str) -> str:
 
 
 def dtype_code(dtype: torch.dtype) -> int | None:
-    """The C interface's number of an element type; None for those that only the plain definitions take."""
+    """The C interface's number of an element type; None for those that only the references take."""
     return _DTYPE_CODES.get(dtype)
 
 
@@ -154,14 +154,14 @@ def call(kind: str, function: str, *arguments: object) -> None:
 
 
 def announce_fallback(op: str, device: str) -> None:
-    """Says once per op and device that a native library is missing with which it would be faster."""
+    """Logs, once per op and device, which missing native library would make it faster."""
     kinds = _OPS[op].get(device, ())
     if not kinds or reference_forced() or (op, device) in _announced:
         return
     _announced.add((op, device))
     message = "%s on %s runs on %s, which is slower: %s. %s `gpstoken doctor` shows all backends."
     found = _first_there(kinds)
-    runs_on = f"the {found} library" if found else "plain PyTorch"
+    runs_on = f"the {found} library" if found else "the Python reference"
     logger.warning(message, op, device, runs_on, why_missing(kinds[0]), _remedy(kinds[0]))
 
 
@@ -194,7 +194,7 @@ def doctor() -> str:
     for op, kinds in _OPS.items():
         for device in _devices():
             found = _first_there(kinds[device])
-            text = f"native ({_described(found)})" if found else "plain PyTorch"
+            text = f"native ({_described(found)})" if found else "Python reference"
             lines.append(f"  {op:<16} on {device:<5} {text}{'' if kinds[device] else ' (no native version)'}")
     return "\n".join(lines)
 
@@ -204,7 +204,7 @@ def _described(kind: str) -> str:
 
 
 def _advice(kind: str) -> list[str]:
-    """What to do about a library that is missing, if the reason does not say it already."""
+    """What to do about a missing library, unless the reason already says it."""
     if kind != "cpu" and not torch.cuda.is_available():
         return ["Not needed: torch sees no CUDA device."]
     if kind == "nvrtc" and _find("cuda")[0] is not None:
@@ -298,7 +298,7 @@ def _open(kind: str) -> tuple[ctypes.CDLL | None, str]:
             lib = ctypes.CDLL(str(path))
             found = lib.gpstoken_abi_version()
             if found != ABI_VERSION:
-                reason = f"{path} is of another version (interface {found}, needed {ABI_VERSION}): rebuild it"
+                reason = f"{path} has interface {found}, expected {ABI_VERSION}: rebuild it"
                 continue
             for function, arguments in _SIGNATURES[kind].items():
                 getattr(lib, function).argtypes = arguments

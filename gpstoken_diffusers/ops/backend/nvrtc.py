@@ -1,6 +1,7 @@
 """NVRTC, NVIDIA's compiler for CUDA sources in memory, through its public C interface.
 
-It is a library that comes with PyTorch for CUDA (the package nvidia-cuda-nvrtc) and needs neither a GPU nor a driver.
+It comes with PyTorch for CUDA and needs neither a GPU nor a driver. By ctypes, because torch brings the package
+cuda-bindings to Linux alone, and only its later versions do.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Compiler:
                 getattr(self._library, name).argtypes = arguments
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         except AttributeError as error:
-            raise OSError(f"{self.path} is no NVRTC of version 11.2 or later ({error})") from error
+            raise OSError(f"{self.path} is not NVRTC 11.2 or later ({error})") from error
         major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         self.version = (major.value, minor.value)
@@ -111,7 +112,7 @@ class Compiler:
 
         Returns:
             The name of that kernel in the compiled code; the code, a cubin for an "sm_" architecture and PTX for a
-            "compute_" one; and what the compiler had to say, warnings for example.
+            "compute_" one; and the compiler's log, with its warnings.
 
         Raises:
             RuntimeError: it cannot be compiled; the message holds the compiler's own.

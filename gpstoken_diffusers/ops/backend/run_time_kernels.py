@@ -1,8 +1,8 @@
-"""The CUDA kernels of csrc for a machine with a GPU but without nvcc: NVRTC compiles each when it is first wanted.
+"""The CUDA kernels of csrc on a machine with a GPU but without nvcc: NVRTC compiles each at its first use.
 
-What to launch, on how many threads and with which memory is decided by the C++ that decides it for the library that
-nvcc builds, csrc/*_cuda.cu. Compiled without CUDA (csrc/nvrtc_host.cpp), it asks for kernels by name; here they are
-compiled for the GPU at hand, kept on disk for the next process, loaded, and queued on the stream that torch works on.
+The host side is the same C++ as in the library that nvcc builds, csrc/*_cuda.cu. Compiled without CUDA
+(csrc/nvrtc_host.cpp), it asks for kernels by name. Here they are compiled for the GPU at hand, kept on disk for the
+next process, loaded, and queued on torch's current stream.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from gpstoken_diffusers.ops.backend import kernel_cache
-from gpstoken_diffusers.ops.backend.cuda_driver import Driver
-from gpstoken_diffusers.ops.backend.nvrtc import Compiler
+from . import kernel_cache
+from .cuda_driver import Driver
+from .nvrtc import Compiler
 
 __all__ = ["KernelBuilder", "RunTimeKernels"]
 
@@ -39,7 +39,7 @@ _LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_uint,
 )
 
-# Takes one kernel out of a file, unless the host side believes in other arguments than it.
+# Takes one kernel out of a file, and checks that the host side knows the size of its arguments.
 _PROGRAM = """#include "{source}"
 namespace {{
 template <class Arguments>
@@ -106,10 +106,10 @@ class KernelBuilder:
 
 
 class RunTimeKernels:
-    """Stands where the library does that nvcc builds, with the same functions.
+    """Has the functions of the library that nvcc builds, and stands in for it.
 
-    They raise what goes wrong with a kernel: RuntimeError if it cannot be compiled, loaded or queued, or if it is
-    first wanted while a CUDA graph is captured; OSError if its source is missing.
+    They raise RuntimeError if a kernel cannot be compiled, loaded or queued, or if its first use comes while a CUDA
+    graph is captured, and OSError if its source is missing.
 
     Args:
         host: libgpstoken_nvrtc, with the types of its functions set.
@@ -152,7 +152,7 @@ class RunTimeKernels:
             key = (self._driver.enter(), name)
             function = self._functions.get(key) or self._load(key, source.decode(), size)
             self._driver.launch(function, blocks, threads, stream, arguments)
-        except BaseException as error:  # ctypes would print and forget it: the call that led here raises it
+        except BaseException as error:  # ctypes would print and forget it; the caller raises it
             self._failure.error = error
             return 1
         return 0
@@ -170,5 +170,5 @@ class RunTimeKernels:
                     lowered, code = self.builder.build(source, name, size, torch.cuda.get_device_capability())
                     self._functions[key] = self._driver.load(code, lowered)
                 except RuntimeError as error:
-                    raise RuntimeError(f"{error}\nGPSTOKEN_BACKEND=reference does without this kernel.") from error
+                    raise RuntimeError(f"{error}\nGPSTOKEN_BACKEND=reference works without this kernel.") from error
             return self._functions[key]
