@@ -102,6 +102,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         num_tokens: int | None = None,
         importance: ImageLike | Sequence[ImageLike] | None = None,
         importance_strength: float = 1.0,
+        return_tensors: str = "pt",
     ) -> BatchFeature:
         """Prepares a batch for `AutoencoderGPSToken.encode(**features)`.
 
@@ -113,6 +114,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             importance: for each picture (or one for all) a map of the picture's own size, gray or of booleans, that
                 draws tokens to where it is bright.
             importance_strength: how strongly, see [`partition_image`].
+            return_tensors: as in transformers; "pt" alone is there.
 
         Returns: `pixel_values` (B, 3, H, W) float32 in [-1, 1]; `regions` (B tiles, n, 4) int32 inclusive pixel indices
         within each tile; `geometry` (B tiles, n, 5) float32 initial Gaussians. Tiles of an image follow each other row
@@ -123,6 +125,8 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             ValueError: pictures of several sizes, values outside [0, 1], NaN, a map of another size than its
                 picture, or more tokens than a tile has regions.
         """
+        if return_tensors != "pt":
+            raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}: there are PyTorch tensors only.')
         images = _as_list(images)
         if not images:
             raise ValueError("There is no image to process: the list is empty.")

@@ -1,1 +1,1 @@
-"""Diffusers pipelines over GPSToken; installed as `gpstoken_diffusers.pipelines`."""
+"""Arguments, components and progress bars of the diffusers pipelines; installed as `gpstoken_diffusers.pipelines`."""

@@ -76,6 +76,18 @@ def test_imports_point_one_way(name, path):
     assert not above, f"{name} imports from layers that it must not know: {sorted(above)}"
 
 
+ROOMS = {path.parent.name: path for _, path in package_files() if path.name == "__init__.py"}
+
+
+@pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
+def test_each_room_says_its_rule(room):
+    """In the first line of its docstring, and has its place on the map."""
+    first_line = (ast.get_docstring(ast.parse(room.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    assert first_line.endswith("."), "the first line is the rule of the room, a whole sentence"
+    # The folder that a command of an earlier version still needs has no rule of its own.
+    assert room.parent.name == "benchmark" or f"{room.parent.name}/" in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+
+
 def test_only_the_native_module_knows_the_libraries():
     """csrc's, that is; NVIDIA's compiler and driver have a module each."""
     loading = {name for name, path in package_files() if "ctypes.CDLL(" in path.read_text(encoding="utf-8")}

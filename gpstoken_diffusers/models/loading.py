@@ -88,6 +88,19 @@ class FolderLoadingMixin:
         align_weights(loaded)
         return model
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, safe_serialization: bool = True, **kwargs
+    ) -> None:
+        """Saves weights and configuration; arguments as in diffusers.
+
+        Raises ValueError: `safe_serialization=False`; `from_pretrained` could not load the pickle.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                f"{type(self).__name__} saves safetensors only, as it loads nothing else: leave out safe_serialization."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def to_json_string(self) -> str:
         """The configuration as it is saved; without the local path that diffusers would put into it."""
         config = json.loads(super().to_json_string())

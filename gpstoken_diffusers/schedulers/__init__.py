@@ -1,1 +1,1 @@
-"""Samplers: how noise becomes data along a learned velocity field."""
+"""Time, noise, guidance and integration: from a network's velocity to samples. Knows no pictures and no models."""

@@ -179,8 +179,10 @@ def test_a_model_alone_refuses_settings_of_a_later_version_too(folder):
 
 
 def test_pickles_are_not_written(whole, tmp_path):
-    with pytest.raises(ValueError, match="safetensors only"):
-        GPSTokenPipeline.from_pretrained(whole).save_pretrained(tmp_path, safe_serialization=False)
+    pipe = GPSTokenPipeline.from_pretrained(whole)
+    for part in (pipe, pipe.autoencoder, pipe.transformer, pipe.layout_model):
+        with pytest.raises(ValueError, match="safetensors only"):
+            part.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -79,6 +79,14 @@ def test_labels_may_be_arrays(pipe, labels):
     assert pipe.label_ids(labels[0]) == [1]
 
 
+def test_the_processor_takes_return_tensors(pipe):
+    picture = noise_images(1, 32, 32)[0].add(1).div(2).clamp(0, 1)
+    features = pipe.image_processor(picture, return_tensors="pt")
+    assert torch.equal(features["geometry"], pipe.image_processor(picture)["geometry"])
+    with pytest.raises(ValueError, match='return_tensors must be "pt", got \'np\''):
+        pipe.image_processor(picture, return_tensors="np")
+
+
 @pytest.mark.parametrize("sampler, steps, expected", [("euler", 3, 3), ("heun", 3, 5), ("official-sde-heun", 3, 5)])
 def test_num_timesteps_is_known_from_the_first_step_on(sampler, steps, expected):
     pipe, seen = tiny_pipeline(scheduler=make_sampler(sampler)[0]), []
