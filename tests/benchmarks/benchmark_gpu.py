@@ -1,7 +1,7 @@
 """All that only a GPU can show: the tests marked "gpu", by kernels of nvcc and of NVRTC, and all timings.
 
     python tests/benchmarks/benchmark_gpu.py --output outputs/gpu
-    python tests/benchmarks/benchmark_gpu.py --output outputs/gpu --only splat harness  # some parts; --list names them
+    python tests/benchmarks/benchmark_gpu.py --output outputs/gpu --only splat models  # some parts; --list names them
 
 Each part is a process of its own, whose output goes to the screen and to OUTPUT/PART.log; a part that fails stops none
 of the others. At the end a table says which passed, and the exit code is 1 if one failed.
@@ -30,24 +30,25 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def _script(name: str, *arguments: str) -> list[str]:
-    return [str(HERE / f"benchmark_{name}.py"), *arguments]
-
-
 def parts(output: Path) -> dict[str, Part]:
-    """By name, in the order in which they run. output: where the harness writes its tables."""
-    harness = ["-m", "gpstoken_diffusers.benchmark", "--device", "cuda"]
-    compiled = [*harness, "--compile", "reduce-overhead"]
+    """By name, in the order in which they run. output: where the tables of the models go."""
+
+    def script(name: str, *arguments: str, folder: str | None = None) -> Part:
+        more = ["--output", str(output / folder)] if folder else []
+        return Part([str(HERE / f"benchmark_{name}.py"), *arguments, *more])
+
+    models = ("models", "--device", "cuda")
+    compiled = (*models, "--compile", "reduce-overhead")
     return {
         "tests": Part(["-m", "pytest", "-m", "gpu", str(HERE.parent)]),
         "tests-nvrtc": Part(["-m", "pytest", "-m", "gpu", str(HERE.parent)], {"GPSTOKEN_BACKEND": "nvrtc"}),
-        "splat": Part(_script("splat_cuda")),
-        "partition": Part(_script("partition")),
-        "generation": Part(_script("generation", "--tables", "speed")),
-        "training": Part(_script("training", "--device", "cuda", "--batch_size", "32", "--steps", "60")),
-        "harness": Part([*harness, "--batch_size", "8", "--peers", "--output", str(output / "eager")]),
-        "harness-compiled": Part([*compiled, "--batch_size", "8", "--peers", "--output", str(output / "compiled")]),
-        "harness-one": Part([*compiled, "--output", str(output / "compiled-one-picture")]),
+        "splat": script("splat", "--device", "cuda"),
+        "partition": script("partition", "--device", "cuda"),
+        "generation": script("generation", "--tables", "speed"),
+        "training": script("training", "--device", "cuda", "--batch_size", "32", "--steps", "60"),
+        "models": script(*models, "--batch_size", "8", "--peers", folder="eager"),
+        "models-compiled": script(*compiled, "--batch_size", "8", "--peers", folder="compiled"),
+        "models-one": script(*compiled, folder="compiled-one-picture"),
     }
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What large pictures cost with the shipped model: seconds and memory by size and budget, and by tokens of one tile.
 
     python tests/benchmarks/benchmark_memory.py --sizes 512 1024 2048 4096 8192 --budgets none 100MB 1GB
@@ -6,42 +5,51 @@
 
 The first part encodes and decodes pictures of `--sizes` squared, each in a fresh process that gives freed memory back
 at once (Linux). Working memory is the growth over what the loaded model and the picture take, less the tokens or the
-picture that comes out; seconds are those of the processor, of all threads together, which other programs disturb least.
-The second part encodes one tile of 256 px into more and more tokens and tells attention, which goes with their square,
-from everything else. A plot needs matplotlib (`pip install matplotlib`).
+picture that comes out. Seconds are those of the processor, of all threads together, which other programs disturb least.
+The second part encodes one tile of 256 px into more and more tokens. It tells attention, which goes with their square,
+from everything else.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from harness import (
+    CPU,
+    conditions,
+    in_fresh_process,
+    main,
+    make_parser,
+    peak_memory_mb,
+    photograph,
+    positive,
+    table,
+    write_plot,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
 
-from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, partition_image
-from gpstoken_diffusers.assets import DEMO_PHOTOGRAPH, MINI
-from gpstoken_diffusers.benchmark.measure import RETURNS_MEMORY, peak_memory_mb
-from gpstoken_diffusers.benchmark.report import plot_advice
+from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens, partition_image
+from gpstoken_diffusers.assets import MINI
 from gpstoken_diffusers.safe_files import write_atomically
 
 Figures = dict[str, float]
 NO_BUDGET = "none"
 SMALLEST_REGION_PX = 4  # of the partition into many tokens: a tile of 256 px has 4,096 such regions
+STAGES = ("partition", "stem", "attention", "rest of refinement", "decoder")
 
 
 def picture(size: int, dtype: torch.dtype) -> Tensor:
     """(1, 3, size, size): the shipped photograph, mirrored over and over, so that all sizes have the same detail."""
-    photograph = GPSTokenImageProcessor.load_image(DEMO_PHOTOGRAPH).crop((192, 128, 704, 640))
-    tile = GPSTokenImageProcessor.from_pretrained(MINI)(photograph, num_tokens=1)["pixel_values"].to(dtype)
+    tile = photograph(512).to(dtype)
     pair = torch.cat([tile, tile.flip(-1)], dim=-1)
     block = torch.cat([pair, pair.flip(-2)], dim=-2)
     times = -(-size // block.shape[-1])
@@ -49,38 +57,33 @@ def picture(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def measure_size(size: int, budget: str, dtype: torch.dtype) -> Figures:
-    """Seconds and working memory (MB) of one picture, in this process."""
+    """Processor seconds and working memory (MB) of one picture, in this process."""
     model = AutoencoderGPSToken.from_pretrained(MINI, dtype=dtype).eval()
     model.set_memory_budget(None if budget == NO_BUDGET else budget)
     image, found = picture(size, dtype), {}
 
-    def encode() -> list[Tensor]:
-        (found["tokens"],) = model.encode(image, return_dict=False)
-        return []
+    def encode() -> None:
+        (found["encode"],) = model.encode(image, return_dict=False)
 
-    def decode() -> list[Tensor]:
-        found["sample"] = model.decode(found["tokens"]).sample
-        return []
+    def decode() -> None:
+        found["decode"] = model.decode(found["encode"]).sample
 
     figures = {}
     with torch.inference_mode():
         model(image[..., :256, :256])  # loads what is loaded once
         for name, run in (("encode", encode), ("decode", decode)):
-            started, started_wall = time.process_time(), time.perf_counter()
-            peak = peak_memory_mb(run, torch.device("cpu"))
+            started = time.process_time()
+            peak = peak_memory_mb(run, CPU)
             figures[f"{name}_seconds"] = time.process_time() - started
-            figures[f"{name}_wall_seconds"] = time.perf_counter() - started_wall
-            result = found["tokens"].num_bytes if name == "encode" else found["sample"].nbytes
+            result = found[name].num_bytes if name == "encode" else found[name].nbytes
             figures[f"{name}_mb"] = peak - result / 2**20
-    return {"tokens": found["tokens"].num_tokens, "megapixels": size * size / 1e6, **figures}
+    return {"tokens": found["encode"].num_tokens, "megapixels": size * size / 1e6, **figures}
 
 
 class AttentionTime(TorchFunctionMode):
     """Processor seconds of all attentions: products of queries and keys, softmax, products with values."""
 
-    def __init__(self):
-        super().__init__()
-        self.seconds = 0.0
+    seconds = 0.0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         started = time.process_time()
@@ -93,7 +96,7 @@ class AttentionTime(TorchFunctionMode):
 def measure_tokens(num_tokens: int, rounds: int, dtype: torch.dtype) -> Figures:
     """Processor milliseconds of the stages of one 256-px tile, medians; attention is a part of refinement."""
     model = AutoencoderGPSToken.from_pretrained(MINI, dtype=dtype).eval()
-    tile = picture(256, dtype)
+    tile = photograph(256)
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, function, *args):
@@ -104,14 +107,12 @@ def measure_tokens(num_tokens: int, rounds: int, dtype: torch.dtype) -> Figures:
 
     with torch.inference_mode():
         for _ in range(rounds + 1):
-            regions, geometry = timed(
-                "partition", lambda: partition_image(tile.float(), num_tokens, min_region_size=SMALLEST_REGION_PX)
-            )
-            features = timed("stem", model.stem, tile)
+            cut = partial(partition_image, tile, num_tokens, min_region_size=SMALLEST_REGION_PX)
+            regions, geometry = timed("partition", cut)
+            features = timed("stem", model.stem, tile.to(dtype))
             refined, texture = timed("refinement", model.refiner, features, geometry, regions)
-            timed("decoder", model.decoder, refined, texture, (64, 64), (256, 256))
-            spent = AttentionTime()
-            with spent:
+            timed("decoder", model.decode, GPSTokens(refined, texture, (256, 256)))
+            with AttentionTime() as spent:
                 model.refiner(features, geometry, regions)
             seconds.setdefault("attention", []).append(spent.seconds)
     figures = {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up
@@ -119,52 +120,8 @@ def measure_tokens(num_tokens: int, rounds: int, dtype: torch.dtype) -> Figures:
     return figures
 
 
-def in_fresh_process(part: str, number: int, args: argparse.Namespace, budget: str = NO_BUDGET) -> Figures:
-    command = [sys.executable, __file__, "--part", part, str(number), "--budgets", budget, "--dtype", args.dtype]
-    command += ["--rounds", str(args.rounds)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **RETURNS_MEMORY})
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report_sizes(args: argparse.Namespace) -> list[dict]:
-    print("| budget | side, px | tokens | encode, s (per MP) | decode, s (per MP) | encode, MB | decode, MB |")
-    print("|---|---|---|---|---|---|---|")
-    rows = []
-    for budget in args.budgets:
-        for size in args.sizes:
-            row = {"budget": budget, "size": size, **in_fresh_process("size", size, args, budget)}
-            rows.append(row)
-            encode_s, decode_s = (
-                f"{row[way]:.1f} ({row[way] / row['megapixels']:.2f})" for way in ("encode_seconds", "decode_seconds")
-            )
-            print(
-                f"| {budget} | {size} | {row['tokens']} | {encode_s} | {decode_s} | {row['encode_mb']:.0f} | "
-                f"{row['decode_mb']:.0f} |",
-                flush=True,
-            )
-    return rows
-
-
-STAGES = ("partition", "stem", "attention", "rest of refinement", "decoder")
-
-
-def report_tokens(args: argparse.Namespace) -> list[dict]:
-    print(f"| tokens of one tile | {' | '.join(f'{stage}, ms' for stage in STAGES)} |")
-    print("|---|" + "---|" * len(STAGES))
-    rows = []
-    for count in args.tokens:
-        rows.append({"tokens": count, **in_fresh_process("tokens", count, args)})
-        print(f"| {count} | {' | '.join(f'{rows[-1][stage]:.2f}' for stage in STAGES)} |", flush=True)
-    return rows
-
-
-def plot(path: Path, sizes: list[dict], tokens: list[dict]) -> None:
-    """Seconds and working memory by size, milliseconds by tokens; a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+def plot(figure, sizes: list[dict], tokens: list[dict]) -> None:
+    """Seconds and working memory by size, milliseconds by tokens."""
     speed, memory, stages = figure.subplots(1, 3)
     for index, budget in enumerate(dict.fromkeys(row["budget"] for row in sizes)):
         rows = [row for row in sizes if row["budget"] == budget]
@@ -173,59 +130,69 @@ def plot(path: Path, sizes: list[dict], tokens: list[dict]) -> None:
             settings = {"color": f"C{index}", "label": f"{way}, budget {budget}"}
             speed.plot(pixels, [row[f"{way}_seconds"] / row["megapixels"] for row in rows], line, **settings)
             memory.plot(pixels, [row[f"{way}_mb"] for row in rows], line, **settings)
-    speed.set_ylabel("processor seconds per megapixel")
-    memory.set_ylabel("working memory, MB")
-    for axes in (speed, memory):
-        axes.set_xlabel("megapixels")
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+    for axes, name in ((speed, "processor seconds per megapixel"), (memory, "working memory, MB")):
+        axes.set(xlabel="megapixels", ylabel=name, xscale="log", ylim=(0, None))
         axes.legend(fontsize=7)
     counts = [row["tokens"] for row in tokens]
     for stage in STAGES:
         stages.loglog(counts, [row[stage] for row in tokens], "o-", label=stage)
     if tokens:
-        last = tokens[-1]
-        guide = [last["attention"] * (count / counts[-1]) ** 2 for count in counts]
+        guide = [tokens[-1]["attention"] * (count / counts[-1]) ** 2 for count in counts]
         stages.loglog(counts, guide, "k:", linewidth=0.8, label="the square of the tokens")
-        stages.set_xlabel("tokens of one 256-px tile")
-        stages.set_ylabel("processor milliseconds")
-        stages.legend(fontsize=7)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    write_atomically(path, data.getvalue())
+    stages.set(xlabel="tokens of one 256-px tile", ylabel="processor milliseconds")
+    stages.legend(fontsize=7)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192], help="sides in pixels")
+def run() -> None:
+    parser = make_parser(__doc__, threads=1)
+    parser.set_defaults(output=Path("outputs/memory"))
+    parser.add_argument("--sizes", type=positive, nargs="*", default=[512, 1024, 2048, 4096, 8192], help="sides in px")
     parser.add_argument(
         "--budgets", nargs="+", default=[NO_BUDGET], help="of `set_memory_budget`, such as 100MB; none is the default"
     )
-    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256, 1024, 4096], help="of the second part")
-    parser.add_argument("--rounds", type=int, default=5, help="of the second part (default: 5)")
+    parser.add_argument("--tokens", type=positive, nargs="*", default=[64, 256, 1024, 4096], help="of the second part")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--output", type=Path, default=Path("outputs/memory"), help="folder for the results")
-    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # what the fresh processes are asked for
     args = parser.parse_args()
-    if args.part is not None:
-        part, number = args.part
-        dtype = getattr(torch, args.dtype)
-        if part == "size":
-            print(json.dumps(measure_size(int(number), args.budgets[0], dtype)))
-        else:
-            print(json.dumps(measure_tokens(int(number), args.rounds, dtype)))
+    dtype, lines = getattr(torch, args.dtype), conditions(args)
+    if args.one:
+        of_size = len(args.one) == 2
+        print(
+            json.dumps(
+                measure_size(int(args.one[0]), args.one[1], dtype)
+                if of_size
+                else measure_tokens(int(args.one[0]), args.rounds, dtype)
+            )
+        )
         return
-    sizes = report_sizes(args) if args.sizes else []
-    tokens = report_tokens(args) if args.tokens else []
+    command = [__file__, "--dtype", args.dtype, "--threads", str(args.threads), "--rounds", str(args.rounds), "--one"]
+    sizes, tokens = [], []
+    for budget, size in tqdm([(budget, size) for budget in args.budgets for size in args.sizes], unit="picture"):
+        sizes.append({"budget": budget, "size": size, **in_fresh_process([*command, str(size), budget])})
+    for count in tqdm(args.tokens, unit="tile"):
+        tokens.append({"tokens": count, **in_fresh_process([*command, str(count)])})
+    print("\n".join(lines), "\n")
+    heads = ["budget", "side, px", "tokens", "encode, s (per MP)", "decode, s (per MP)", "encode, MB", "decode, MB"]
+    ways = ("encode", "decode")
+    print(
+        table(
+            heads,
+            (
+                [row["budget"], row["size"], row["tokens"]]
+                + [f"{row[f'{way}_seconds']:.1f} ({row[f'{way}_seconds'] / row['megapixels']:.2f})" for way in ways]
+                + [f"{row[f'{way}_mb']:.0f}" for way in ways]
+                for row in sizes
+            ),
+        ),
+        "\n",
+    )
+    heads = ["tokens of one tile", *(f"{stage}, ms" for stage in STAGES)]
+    print(table(heads, ([row["tokens"], *(f"{row[stage]:.2f}" for stage in STAGES)] for row in tokens)))
     args.output.mkdir(parents=True, exist_ok=True)
-    document = {"dtype": args.dtype, "threads": torch.get_num_threads(), "sizes": sizes, "tokens": tokens}
+    document = {"conditions": lines, "dtype": args.dtype, "sizes": sizes, "tokens": tokens}
     write_atomically(args.output / "results.json", (json.dumps(document, indent=2) + "\n").encode())
-    advice = plot_advice()
-    if advice is None:
-        plot(args.output / "plot.png", sizes, tokens)
-    else:
-        print(advice, file=sys.stderr)
+    write_plot(args.output / "plot.png", lambda figure: plot(figure, sizes, tokens), 4)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(run))

@@ -1,32 +1,31 @@
-"""Times of the native normalisations on the CPU against what torch does for the same, in one process and in turns.
+"""Times the native norms on the CPU, with the SiLU that follows them, forward and backward.
 
-    python tests/benchmarks/benchmark_norm.py [--rounds 7] [--threads 1]
+    python tests/benchmarks/benchmark_norm.py
 
 Maps are those of gpstoken-mini (192 channels at 64 x 64) and of the released decoder (512 at 64 x 64, 128 at 256 x
-256), channels-last. `torch` is torch's own norm followed by SiLU (its group norm is inaccurate there, see
-ops/group_norm.py), `definition` the plain twin. `copy` reads and writes the map once: nothing can be faster.
+256), channels innermost. `torch` is torch's own norm, whose group norm is inaccurate there, see ops/group_norm.py.
+`copy` reads and writes the map once: nothing can be faster.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from harness import REFERENCE, Case, conditions, copy, main, make_parser, run_cases
 from torch import Tensor
 
-from gpstoken_diffusers.ops.group_norm import group_norm  # noqa: E402
-from gpstoken_diffusers.ops.norm_reference import group_norm_reference, pixel_norm_reference  # noqa: E402
-from gpstoken_diffusers.ops.pixel_norm import pixel_norm  # noqa: E402
+from gpstoken_diffusers.ops.group_norm import group_norm
+from gpstoken_diffusers.ops.norm_reference import group_norm_reference, pixel_norm_reference
+from gpstoken_diffusers.ops.pixel_norm import pixel_norm
 
 SHAPES = [(4, 192, 64, 64), (1, 512, 64, 64), (1, 128, 256, 256)]
+DTYPES = [torch.float32, torch.bfloat16]
 GROUPS, EPS = 32, 1e-6
-COLUMNS = ("native", "torch", "definition", "copy")
 
 
 def torch_pixel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -42,58 +41,36 @@ KINDS: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
     "pixel": {
         "native": lambda x, w, b: pixel_norm(x, w, b, EPS, silu=True),
         "torch": torch_pixel_norm,
-        "definition": lambda x, w, b: pixel_norm_reference(x, w, b, EPS, True),
+        REFERENCE: lambda x, w, b: pixel_norm_reference(x, w, b, EPS, True),
     },
     "group": {
         "native": lambda x, w, b: group_norm(x, w, b, GROUPS, EPS, silu=True),
         "torch": torch_group_norm,
-        "definition": lambda x, w, b: group_norm_reference(x, w, b, GROUPS, EPS, False, True),
+        REFERENCE: lambda x, w, b: group_norm_reference(x, w, b, GROUPS, EPS, False, True),
     },
 }
 
 
-def passes(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, dict[str, Callable[[], object]]]:
-    """What is timed for one map: by pass, then by column."""
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    target = torch.empty_like(x)
-    leaves = [x.clone().requires_grad_(), torch.ones(shape[1], requires_grad=True), torch.zeros(shape[1])]
-    forward: dict[str, Callable[[], object]] = {"copy": partial(target.copy_, x)}
-    backward: dict[str, Callable[[], object]] = {}
-    for name, function in KINDS[kind].items():
-        forward[name] = partial(torch.no_grad()(function), *leaves)
-        out = function(*leaves)
-        backward[name] = partial(torch.autograd.grad, out, leaves[:2], torch.ones_like(out), retain_graph=True)
-    return {"forward": forward, "backward": backward}
+def cases() -> Iterator[Case]:
+    for kind, shape, dtype in itertools.product(KINDS, SHAPES, DTYPES):
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        weight, bias = torch.ones(shape[1], requires_grad=True), torch.zeros(shape[1])
+        forward: dict[str, Callable] = {"copy": partial(copy, x.detach(), torch.empty_like(x, requires_grad=False))}
+        backward: dict[str, Callable] = {}
+        for name, function in KINDS[kind].items():
+            forward[name] = torch.no_grad()(lambda f=function, x=x, w=weight, b=bias: (f(x, w, b),))
+            out = function(x, weight, bias)
+            backward[name] = partial(torch.autograd.grad, out, [x, weight], torch.ones_like(out), retain_graph=True)
+        for name, ways in (("forward", forward), ("backward", backward)):
+            labels = {"norm": kind, "map": "x".join(map(str, shape)), "dtype": str(dtype)[6:]}
+            yield Case(f"Norms, {name}", labels, ways)
 
 
-def measure(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for round_ in range(rounds + 1):
-        for name, action in actions.items():
-            started = time.perf_counter()
-            action()
-            if round_:  # the first warms up
-                times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads; ms, median of {args.rounds} rounds\n")
-    print("| norm | map | type | pass | native | torch | definition | copy |")
-    print("|---|---|---|---|---|---|---|---|")
-    for kind, shape, dtype in itertools.product(KINDS, SHAPES, (torch.float32, torch.bfloat16)):
-        for name, actions in passes(kind, shape, dtype).items():
-            ms = measure(actions, args.rounds)
-            cells = [f"{ms[column]:.2f}" if column in ms else "" for column in COLUMNS]
-            size = "x".join(map(str, shape))
-            print(f"| {kind} | {size} | {str(dtype)[6:]} | {name} | {' | '.join(cells)} |", flush=True)
+def run() -> None:
+    args = make_parser(__doc__, rounds=7, threads=1).parse_args()
+    count = 2 * len(KINDS) * len(SHAPES) * len(DTYPES)
+    run_cases(args, "Norms", conditions(args), cases(), count)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(run))

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from harness import positive, table
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -44,8 +45,7 @@ def measure(model: AutoencoderGPSToken, image: Tensor, num_tokens: int, folder: 
         stored = GPSTokens.load(folder / "tokens.safetensors").to(torch.float32)
         picture = model.decode(stored).sample.clamp(-1, 1)
         quality = psnr(picture, image).item()
-        lost = psnr(whole, image).item() - quality
-        difference = psnr(picture, whole).item()
+        lost, difference = psnr(whole, image).item() - quality, psnr(picture, whole).item()
         rows.append((encoded_size(tokens, dtype), plain_bytes(tokens, dtype), quality, lost, difference))
     return rows
 
@@ -55,9 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="Folder of pictures.")
     parser.add_argument("--model", default=str(MINI), help="Folder of the model; default: the shipped gpstoken-mini.")
-    parser.add_argument("--resolution", type=int, default=256, help="Side of the centre squares, in pixels.")
-    parser.add_argument("--num_tokens", type=int, default=256, help="Tokens per image.")
-    parser.add_argument("--max_images", type=int, default=40, help="Take at most this many, evenly spread.")
+    parser.add_argument("--resolution", type=positive, default=256, help="Side of the centre squares, in pixels.")
+    parser.add_argument("--num_tokens", type=positive, default=256, help="Tokens per image.")
+    parser.add_argument("--max_images", type=positive, default=40, help="Take at most this many, evenly spread.")
     args = parser.parse_args()
     model = AutoencoderGPSToken.from_pretrained(args.model).eval()
     paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -71,15 +71,15 @@ def main() -> None:
                 pixels = to_pixel_values(center_crop(image, args.resolution))[None]
             rows.append(measure(model, pixels, args.num_tokens, Path(folder)))
     results = torch.tensor(rows, dtype=torch.float64)
-    print(f"{len(paths)} pictures of {args.resolution} px, {args.num_tokens} tokens each")
-    print("| dtype | bytes (before entropy coding) | PSNR, dB | lost: mean, most | difference, dB: mean, least |")
-    print("|---|---|---|---|---|")
+    print(f"{len(paths)} pictures of {args.resolution} px, {args.num_tokens} tokens each\n")
+    cells = []
     for dtype, columns in zip(ENCODINGS, results.transpose(0, 1), strict=True):
         size, plain, quality, lost, difference = columns.mean(0).tolist()
-        print(
-            f"| {dtype} | {size:,.0f} ({plain:,.0f}) | {quality:.2f} | {lost:.4f}, {columns[:, 3].max():.3f} "
-            f"| {difference:.1f}, {columns[:, 4].min():.1f} |"
-        )
+        most, least = columns[:, 3].max(), columns[:, 4].min()
+        cells.append([dtype, f"{size:,.0f} ({plain:,.0f})", f"{quality:.2f}", f"{lost:.4f}, {most:.3f}"])
+        cells[-1].append(f"{difference:.1f}, {least:.1f}")
+    heads = ["dtype", "bytes (before entropy coding)", "PSNR, dB", "lost: mean, most", "difference, dB: mean, least"]
+    print(table(heads, cells))
 
 
 if __name__ == "__main__":

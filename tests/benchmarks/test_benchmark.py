@@ -1,123 +1,109 @@
-"""`python -m gpstoken_diffusers.benchmark`: what it writes, what it counts, and that its two ways do the same."""
+"""The benchmarks: what they write, what they count, that their ways do the same, and what they refuse to time."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import benchmark_gpu
+import benchmark_models
+import harness
 import pytest
+import references
+import roofline
 import torch
+from benchmark_models import AUTOENCODER_STAGES, GENERATOR_STAGES, SIZES, STAGES, Settings, make_stages
 from emulation.toolchain import find_compiler
+from harness import CPU, REFERENCE, Case, Row, Timing, difference, peak_memory_mb
+from roofline import Peak, Work, count_operations
 from torch import nn
+from tqdm.auto import tqdm
 
-from gpstoken_diffusers.benchmark import __main__ as command
-from gpstoken_diffusers.benchmark import twins
-from gpstoken_diffusers.benchmark.harness import memory_in_fresh_process
-from gpstoken_diffusers.benchmark.measure import Timing, alternate, difference, peak_memory_mb
-from gpstoken_diffusers.benchmark.report import plot_advice
-from gpstoken_diffusers.benchmark.roofline import (
-    WEIGHT_OPERATIONS,
-    Peak,
-    Work,
-    count_operations,
-    pairs_in_boxes,
-    tensor_bytes,
-    weight_bytes,
-)
-from gpstoken_diffusers.benchmark.stages import (
-    AUTOENCODER_STAGES,
-    GENERATOR_STAGES,
-    SIZES,
-    STAGES,
-    WAYS,
-    Settings,
-    make_stages,
-)
-from gpstoken_diffusers.ops.backend.native import BACKEND_VARIABLE, reference_forced
+import gpstoken_diffusers
+from gpstoken_diffusers.ops.backend.native import BACKEND_VARIABLE, library, reference_forced
 from gpstoken_diffusers.ops.splat import splat_gaussians
 
-CPU = torch.device("cpu")
-QUICK = ["--quick", "--rounds", "1", "--threads", "1"]
+BACKEND = "native" if library("cpu") else REFERENCE
+QUICK = ["--quick", "--rounds", "1", "--threads", "1", "--backend", BACKEND]
+PEERS = ("AutoencoderKL (SDXL)", "AutoencoderDC (f32c32)", "AutoencoderTiny")
 
 
-def toys(size: str, dtype: torch.dtype = torch.float32, batch_size: int = 2, steps: int | None = None) -> dict:
-    """The stages of a toy, by name."""
-    settings = Settings(CPU, dtype, batch_size, steps, toy=True)
-    return {stage.name: stage for stage in make_stages(size, STAGES, settings)}
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    """--backend sets a variable of the process."""
+    monkeypatch.setenv(BACKEND_VARIABLE, os.environ.get(BACKEND_VARIABLE, ""))
+
+
+def run_models(*arguments: object) -> int:
+    return harness.main(lambda: benchmark_models.run([*QUICK, *map(str, arguments)]))
+
+
+def toys(size: str, dtype: torch.dtype = torch.float32, **settings) -> dict[str, Case]:
+    """The stages of a toy, by name; two pictures at once."""
+    cases = make_stages(size, STAGES, Settings(CPU, [dtype], **{"batch_size": 2, "toy": True, **settings}))
+    return {case.labels["stage"].split(",")[0]: case for case in cases}
+
+
+def ours(case: Case):
+    return next(iter(case.ways.values()))
 
 
 # ---- the command ----
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """(folder, what was printed) of a toy run in float32."""
-    folder = tmp_path_factory.mktemp("benchmark") / "made" / "on the way"
-    arguments = [*QUICK, "--sizes", "l256", "mini", "xl", "--dtype", "float32", "--skip_memory"]
-    with pytest.MonkeyPatch.context() as patch:
-        printed = []
-        patch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
-        assert command.main([*arguments, "--output", str(folder)]) == 0
-    return folder, "\n".join(printed)
+def test_the_report(tmp_path, capsys):
+    folder = tmp_path / "made" / "on the way"
+    sizes = ["--sizes", "l256", "mini", "xl", "--peers", "--dtype", "bfloat16", "float32"]
+    assert run_models(*sizes, "--skip_memory", "--output", folder) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["plot.png", "results.json", "results.md"]
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    text, printed = (folder / "results.md").read_text(encoding="utf-8"), capsys.readouterr()
+    assert text in printed.out and "toy networks" in text and "TOP/s" in text
+    assert ("native, " if BACKEND == "native" else "without native code") in text
+    assert "mini, sampling, 20 steps" in printed.err and "38/38" in printed.err  # the progress bar
+    own, peers = text.split("## What else there is")
+    assert "| size | stage | ours, bfloat16 | ours, float32 | reference |" in own and "Autoencoder" not in own
+    assert "| size | stage | bfloat16 | float32 |" in peers
+    for part, count in ((own, 16), (peers, 3)):
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        assert len(lines) == 2 + count and len({line.count("|") for line in lines}) == 1
 
-
-def test_json_has_every_stage(run):
-    document = json.loads((run[0] / "results.json").read_text())
-    expected = [("l256", name) for name in AUTOENCODER_STAGES]
-    expected += [("mini", name) for name in STAGES] + [("xl", name) for name in GENERATOR_STAGES]
-    assert [(row["size"], row["stage"]) for row in document["rows"]] == expected
-    assert document["dtype"] == "float32" and document["batch_size"] == 1 and document["toy"] is True
-    assert document["matrix_product_flop_per_s"]["float32"] > 0 and document["copy_bytes_per_s"] > 0
+    document = json.loads((folder / "results.json").read_text())
+    stages = [(size, name) for size in ("l256", "mini") for name in AUTOENCODER_STAGES]
+    expected = stages + [(size, name) for size in ("mini", "xl") for name in GENERATOR_STAGES]
+    expected += [(name, "encode + decode") for name in PEERS]
+    assert sorted((row["size"], row["stage"].split(",")[0]) for row in document["rows"]) == sorted(expected)
+    assert document["best_operations_per_s"]["float32"] > 0 and min(document["copy_bytes_per_s"].values()) > 0
     for row in document["rows"]:
-        for way in WAYS:
+        ways = ["ours, bfloat16", "ours, float32", REFERENCE] if row["size"] in SIZES else ["bfloat16", "float32"]
+        for way in ways:
             values = row[way]
             assert len(values["seconds"]) == 1 and values["median_s"] > 0 and values["moved_bytes"] > 0
-            assert values["floor_s"] > 0 and values["peak_memory_mb"] is None
-            assert values["share_of_roofline"] == pytest.approx(values["floor_s"] / values["median_s"])
-        assert row["times_as_fast"] == pytest.approx(row["twin"]["median_s"] / row["ours"]["median_s"])
-        assert (row["ours"]["operations"] == 0) == (row["stage"] == "partition")
+            assert values["peak_memory_mb"] is None
+            assert values["share"] == pytest.approx(values["floor_s"] / values["median_s"])
+            assert values["times_as_fast"] == pytest.approx(row[ways[-1]]["median_s"] / values["median_s"])
+            assert (values["operations"] == 0) == (row["stage"] == "partition")
+        if row["stage"] not in ("partition", "splat"):  # bfloat16 has 8 bits: an error of a hundredth or so, not none
+            assert 1e-4 < row[ways[0]]["difference"] < 0.2
 
 
-def test_table_is_written_and_printed(run):
-    folder, printed = run
-    table = (folder / "results.md").read_text(encoding="utf-8")
-    assert table in printed
-    assert "toy networks" in table and "the twin in float32" in table and "TFLOP/s" in table
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(AUTOENCODER_STAGES) + len(STAGES) + len(GENERATOR_STAGES)
-    assert len({line.count("|") for line in lines}) == 1
-    assert any(line.startswith("| mini | sampling, 20 steps |") for line in lines)
+def test_what_is_missing_costs_only_its_part(monkeypatch, tmp_path, capsys):
+    """matplotlib, or the process that measures memory."""
 
+    def fail(command, way):
+        raise RuntimeError("exit code -9: ")
 
-def test_plot_is_a_picture(run):
-    assert (run[0] / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in run[0].iterdir()) == ["plot.png", "results.json", "results.md"]
-
-
-def test_without_matplotlib_the_table_is_written_and_the_plot_explained(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in plot_advice()
-    arguments = ["--sizes", "l256", "--stages", "splat", "--skip_memory", "--output", str(tmp_path)]
-    assert command.main([*QUICK, *arguments]) == 0
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(harness, "memory_in_fresh_process", fail)
+    assert run_models("--sizes", "l256", "--stages", "splat", "--output", tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
-    assert "pip install matplotlib" in capsys.readouterr().err
-
-
-def test_peers_have_a_table_of_their_own(tmp_path):
-    arguments = ["--sizes", "m128", "--stages", "partition", "--peers", "--skip_memory", "--batch_size", "2"]
-    assert command.main([*QUICK, *arguments, "--output", str(tmp_path)]) == 0
-    own, peers = (tmp_path / "results.md").read_text(encoding="utf-8").split("## What else there is")
-    assert "| m128 | partition |" in own and "AutoencoderKL" not in own
-    for name in ("AutoencoderKL (SDXL)", "AutoencoderDC (f32c32)", "AutoencoderTiny"):
-        assert f"| {name} | encode + decode |" in peers
-    assert "| size | stage | bfloat16 | float32 |" in peers
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["peer"] for row in rows] == [False, True, True, True]
-    # bfloat16 has 8 bits: an error of a hundredth or so, and no zero, or the peer was not converted at all.
-    assert all(1e-4 < row["difference"] < 0.2 for row in rows[1:])
+    error = capsys.readouterr().err
+    assert "pip install matplotlib" in error and "could not be measured: exit code -9" in error
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler, which torch.compile needs on a CPU")
@@ -125,29 +111,76 @@ def test_compiled(tmp_path):
     """Each stage is one graph; operations are counted as without compiling."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    stages = ["--sizes", "mini", "--stages", "stem", "network", "--dtype", "float32", "--skip_memory"]
     documents = []
     for extra in ([], ["--compile", "default"]):
-        assert command.main([*QUICK, *stages, *extra, "--output", str(tmp_path)]) == 0
+        stages = ["--sizes", "mini", "--stages", "stem", "network", "--dtype", "float32", "--skip_memory"]
+        assert run_models(*stages, *extra, "--output", tmp_path) == 0
         documents.append(json.loads((tmp_path / "results.json").read_text()))
-    plain, compiled = documents
-    assert (plain["compile"], compiled["compile"]) == (None, "default")
-    assert "ours in float32, compiled (default)" in (tmp_path / "results.md").read_text(encoding="utf-8")
-    for own, before in zip(compiled["rows"], plain["rows"], strict=True):
-        assert own["ours"]["operations"] == before["ours"]["operations"] > 0
-        assert own["difference"] < 1e-4  # float32 in another order
+    assert "ours compiled (default)" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    for before, own in zip(*(document["rows"] for document in documents), strict=True):
+        assert own["ours, float32"]["operations"] == before["ours, float32"]["operations"] > 0
+        assert own["ours, float32"]["difference"] < 1e-4  # float32 in another order
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rounds", "0"], "--rounds: expected a whole number of at least 1, got '0'"),
+        (["--batch_size", "two"], "--batch_size: expected a whole number of at least 1, got 'two'"),
+        (["--sizes", "huge"], "invalid choice: 'huge'"),
+        (["--device", "cuda:99"], "--device cuda:99: torch sees "),
+        (["--device", "banana"], "--device banana: expected cpu, cuda or cuda:N."),
+        (["--device", "meta"], "--device meta: expected cpu, cuda or cuda:N."),
+        (["--sizes", "xl", "--stages", "splat"], "nothing to measure: xl has no stage splat."),
+        (["--output", __file__], "benchmark: error: "),  # a file where a folder should be
+    ],
+)
+def test_mistakes_are_explained_before_anything_is_measured(arguments, message, capsys, tmp_path):
+    try:
+        code = run_models("--output", tmp_path / "results", *arguments)
+    except SystemExit as stopped:  # argparse's own
+        code = stopped.code - 1
+    assert code == 1 and message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+# ---- which package, which backend ----
+
+
+def test_plain_code_is_never_called_native(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(BACKEND_VARIABLE, REFERENCE)
+    assert run_models("--backend", "native", "--output", tmp_path / "results") == 1
+    error = capsys.readouterr().err
+    assert "expected the native cpu library, but there is none: switched off by" in error and "pip install" in error
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_command_of_the_package(tmp_path):
+    """In a checkout it runs the benchmark; in an installed package it says where the benchmarks are."""
+    package = tmp_path / "gpstoken_diffusers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copy(Path(gpstoken_diffusers.__file__).parent / "benchmark.py", package)
+    command = [sys.executable, "-m", "gpstoken_diffusers.benchmark", "--an_option"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "are in the repository" in done.stderr
+    script = tmp_path / "tests" / "benchmarks" / "benchmark_models.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("import sys; sys.exit(3 if sys.argv[1:] == ['--an_option'] else 4)")
+    assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == 3
 
 
 def test_parts_of_the_run_on_a_gpu_are_commands(tmp_path):
     for part in benchmark_gpu.parts(tmp_path).values():
         first, *others = part.arguments
-        if first != "-m":
-            assert os.path.isfile(first)
-        elif others[0] == "gpstoken_diffusers.benchmark":
-            assert command.build_parser().parse_args(others[1:]).device == "cuda"
-        else:
+        if first == "-m":
             assert others[0] == "pytest" and os.path.isdir(others[-1])
+        else:
+            assert os.path.isfile(first)
+        if first.endswith("benchmark_models.py"):
+            assert benchmark_models.build_parser().parse_args(others).device == "cuda"
 
 
 def test_a_part_that_fails_says_so_in_its_log(tmp_path, capfd):
@@ -159,109 +192,51 @@ def test_a_part_that_fails_says_so_in_its_log(tmp_path, capfd):
         assert f"part {number}\n" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--rounds", "0"], "--rounds: expected a whole number of at least 1, got '0'"),
-        (["--batch_size", "two"], "--batch_size: expected a whole number of at least 1, got 'two'"),
-        (["--sizes", "huge"], "invalid choice: 'huge'"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
-    ],
-)
-def test_options_that_argparse_refuses(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--device", "cuda:99"], "--device cuda:99: torch sees "),
-        (["--device", "banana"], "--device banana: expected cpu, cuda or cuda:N."),
-        (["--device", "meta"], "--device meta: expected cpu, cuda or cuda:N."),
-        (["--sizes", "xl", "--stages", "splat"], "nothing to measure: xl has no stage splat."),
-    ],
-)
-def test_mistakes_are_explained_before_anything_is_measured(arguments, message, capsys, tmp_path):
-    assert command.main([*arguments, "--output", str(tmp_path / "results")]) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
-
-
-def test_a_folder_that_cannot_be_made(capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert command.main([*QUICK, "--output", str(tmp_path / "file")]) == 1
-    assert "error" in capsys.readouterr().err
-
-
 # ---- memory ----
 
 
-def test_memory_is_that_of_a_fresh_process():
-    arguments = [*QUICK, "--sizes", "mini", "--stages", "stem", "splat"]
-    found = memory_in_fresh_process("twin", arguments)
-    assert list(found) == ["mini: stem", "mini: splat"]
+def test_memory():
+    """A call holds 256 MB for a moment, and 4 MB when it is done; a fresh process measures its own cases."""
+    command = [benchmark_models.__file__, *QUICK, "--sizes", "mini", "--stages", "stem", "splat"]
+    found = harness.memory_in_fresh_process(command, REFERENCE)
+    assert len(found) == 2
     if sys.platform == "linux":
-        assert all(0 <= value < 1000 for value in found.values())
+        assert all(0 <= value < 1000 for value in found)
+        assert 250 < peak_memory_mb(lambda: (torch.ones(64, 2**20).sum(0)[:1],), CPU) < 300
 
 
-def test_peak_memory_sees_what_a_call_holds_for_a_moment():
-    if sys.platform != "linux":
-        pytest.skip("resident memory is read from /proc")
-
-    def run():
-        return (torch.ones(64, 2**20).sum(0)[:1],)  # 256 MB, and 1 MB when it is done
-
-    assert 250 < peak_memory_mb(run, CPU) < 300
-
-
-def test_a_failed_memory_process_costs_only_its_column(monkeypatch, tmp_path, capsys):
-    def fail(way, arguments):
-        raise RuntimeError("exit code -9: ")
-
-    monkeypatch.setattr(command, "memory_in_fresh_process", fail)
-    assert command.main([*QUICK, "--sizes", "l256", "--stages", "splat", "--output", str(tmp_path)]) == 0
-    assert "the memory of ours could not be measured: exit code -9" in capsys.readouterr().err
-    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["ours"]["peak_memory_mb"] is None
-
-
-# ---- the two ways ----
+# ---- the ways ----
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_twins_compute_the_same(size):
-    """In float32 the ways differ by the order of sums: 6e-8 each, over some twenty layers that each may double it."""
-    for stage in toys(size).values():
-        results = {way: stage.runs[way]() for way in WAYS}
-        assert difference(results["ours"], results["twin"]) < 2e-5, stage.name
-        assert not math.isnan(sum(result.double().sum().item() for result in results["twin"])), stage.name
-
-
-def test_twins_run_by_the_plain_definitions(monkeypatch):
-    stage, seen = toys("l256")["partition"], []
-    monkeypatch.setattr(twins, "plain_partition", lambda *_: seen.append(reference_forced()))
-    stage.runs["twin"]()
-    assert seen == [True]
-    assert not reference_forced()
+def test_references_compute_the_same(size):
+    """In float32 they differ by the order of sums: 6e-8 each, over some twenty layers that each may double it."""
+    for name, case in toys(size).items():
+        expected = case.ways[REFERENCE]()
+        assert difference(ours(case)(), expected) < 2e-5, name
+        assert not math.isnan(sum(result.double().sum().item() for result in expected)), name
 
 
 @pytest.mark.parametrize("before", [None, "auto", "reference"])
-def test_the_environment_is_given_back(monkeypatch, before):
-    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+def test_references_run_without_native_code_and_give_the_environment_back(monkeypatch, before):
+    def decoder(*_):
+        seen.append(reference_forced())
+        raise KeyError
+
+    case, seen = toys("l256")["decoder"], []
+    monkeypatch.setattr(references, "decoder", decoder)
+    monkeypatch.delenv(BACKEND_VARIABLE)
     if before is not None:
         monkeypatch.setenv(BACKEND_VARIABLE, before)
-    with pytest.raises(KeyError), twins.plain_definitions():
-        raise KeyError
-    assert os.environ.get(BACKEND_VARIABLE) == before
+    with pytest.raises(KeyError):
+        case.ways[REFERENCE]()
+    assert seen == [True] and os.environ.get(BACKEND_VARIABLE) == before
 
 
 def test_sampling_saves_the_half_that_guidance_does_not_need():
     """Of eight steps those at t = 0 and 1/8 are below the interval: 14 evaluations of a sample instead of 16."""
-    stage = toys("xl", steps=8)["sampling"]
-    ours, twin = (count_operations(stage.runs[way])[0] for way in ("ours", "twin"))
-    assert ours / twin == pytest.approx(14 / 16)
+    case = toys("xl", sampling_steps=8)["sampling"]
+    assert count_operations(ours(case))[0] / count_operations(case.ways[REFERENCE])[0] == pytest.approx(14 / 16)
 
 
 def test_a_wrong_answer_is_seen():
@@ -277,56 +252,64 @@ def test_a_wrong_answer_is_seen():
 # ---- counts and clocks ----
 
 
-def test_operations_of_a_convolution_and_a_product():
+def test_operations_and_bytes():
+    """On an 11 x 11 map pixels are 0.2 apart: boxes of half a width 0.3 and 0.5 at the centre hold 3 x 5 of them."""
     convolution = nn.Conv2d(3, 8, 3, padding=1)
     operations, result = count_operations(lambda: convolution(torch.zeros(2, 3, 10, 12)))
-    assert operations == 2 * (2 * 10 * 12) * 8 * (3 * 9)
-    assert result.shape == (2, 8, 10, 12)
+    assert operations == 2 * (2 * 10 * 12) * 8 * (3 * 9) and result.shape == (2, 8, 10, 12)
     assert count_operations(lambda: torch.zeros(5, 7) @ torch.zeros(7, 11))[0] == 2 * 5 * 7 * 11
-
-
-def test_operations_of_a_splat():
-    """On an 11 x 11 map pixels are 0.2 apart: boxes of half a width 0.3 and 0.5 at the centre hold 3 x 5 of them."""
     geometry = torch.tensor([[[0.1, 0.5 / 3, 0.0, 0.0, 0.0], [0.1, 0.1, 0.0, -1.0, -1.0]]])
-    assert pairs_in_boxes(geometry, 11, 11, support=3.0) == 3 * 5 + 2 * 2  # the other is cut off by a corner
-    texture = torch.ones(1, 2, 4)
-    operations, _ = count_operations(lambda: splat_gaussians(geometry, texture, 11, 11))
-    assert operations == 19 * (WEIGHT_OPERATIONS + 2 * 4)
-
-
-def test_bytes():
+    assert roofline.pairs_in_boxes(geometry, 11, 11, support=3.0) == 3 * 5 + 2 * 2  # the other is cut off by a corner
+    splat = count_operations(lambda: splat_gaussians(geometry, torch.ones(1, 2, 4), 11, 11))
+    assert splat[0] == 19 * (roofline.WEIGHT_OPERATIONS + 2 * 4)
     layer = nn.Linear(3, 4)
-    assert weight_bytes([layer, layer], torch.bfloat16) == 2 * (12 + 4)
-    assert tensor_bytes([torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)]) == 48 + 40
-    stage = toys("xl", torch.bfloat16, batch_size=1, steps=3)
-    # Sampling reads the weights in every step; bfloat16 has half the bytes.
-    once = stage["network"].weights_bytes
-    assert stage["sampling"].weights_bytes == {way: 3 * once[way] for way in WAYS}
-    assert once["twin"] == 2 * once["ours"]
+    assert roofline.weight_bytes([layer, layer], torch.bfloat16) == 2 * (12 + 4)
+    assert roofline.tensor_bytes([torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)]) == 48 + 40
+    cases = toys("xl", torch.bfloat16, batch_size=1, sampling_steps=3)
+    (network, network_reference), (sampling, _) = (cases[name].read_bytes.values() for name in ("network", "sampling"))
+    inputs = 2 * 6 * (9 + 5) * 4  # two rows of six tokens: latents of nine channels, layouts of five
+    # Sampling reads one row of each, and the weights in every step; bfloat16 has half the bytes.
+    assert sampling - inputs // 2 == 3 * (network - inputs) and network_reference - inputs == 2 * (network - inputs)
 
 
-def test_the_floor_is_the_longer_time():
-    peak = Peak({torch.float32: 1e12}, bytes_per_s=1e10)
-    assert peak.floor_s(Work(2 * 10**12, 10**10), torch.float32) == 2
-    assert peak.floor_s(Work(10**12, 3 * 10**10), torch.float32) == 3
+ROUTES = {torch.float32: {"product": 208e9, "packed linear": 490e9}, torch.int8: {"convolution": 1.96e12}}
+PEAK = Peak(ROUTES, {10**6: 4e11, 10**8: 1e11, 10**9: 2e11})
 
 
-def test_a_peak_is_the_better_of_two_measurements():
-    first = Peak({torch.float32: 1.0, torch.float16: 4.0}, 2.0)
-    second = Peak({torch.float32: 3.0, torch.float16: 3.0}, 1.0)
-    assert first.best(second) == Peak({torch.float32: 3.0, torch.float16: 4.0}, 2.0)
+def test_the_floor_is_the_longer_time_of_the_best_route():
+    assert PEAK.floor_s(Work(980 * 10**9, 10**6), torch.float32) == 2  # by the packed linear
+    # Copies of no more bytes than the work, and larger ones where these are faster; the smallest for what is smaller.
+    for size, speed in ((1, 4e11), (10**7, 4e11), (10**8, 2e11), (10**12, 2e11)):
+        assert PEAK.floor_s(Work(0, size), torch.float32) == size / speed
+    second = Peak({torch.float32: {"product": 300e9, "packed linear": 400e9}}, {10**6: 5e11})
+    better = PEAK.best(second)  # of two measurements
+    assert better.routes[torch.float32] == {"product": 300e9, "packed linear": 490e9} and better.copies[10**6] == 5e11
+
+
+def test_no_route_has_a_share_above_the_whole():
+    for dtype, routes in ROUTES.items():
+        for speed in routes.values():
+            row = Row("", {}, {"way": Timing((1e12 / speed,))}, {}, {"way": Work(10**12, 1)}, {"way": dtype})
+            assert row.share("way", PEAK) == pytest.approx(speed / max(routes.values())) and row.share("way", PEAK) <= 1
+            assert "too low" not in harness.report(None, "", [], [row], PEAK)
+            row.timings = {"way": Timing((0.9e12 / max(routes.values()),))}
+            assert "too low" in harness.report(None, "", [], [row], PEAK)  # 111%: the device's best is higher
+
+
+def test_the_best_is_measured_by_every_route_that_there_is():
+    routes = roofline.measure_peak(CPU, [torch.float32], small=True).routes
+    packs = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    assert set(routes[torch.float32]) == {"product", "convolution"} | ({"packed linear"} if packs else set())
+    assert all(speed > 0 for own in routes.values() for speed in own.values())
 
 
 def test_ways_take_turns():
-    order, rounds = [], []
-    runs = {"twin": lambda: order.append("twin"), "ours": lambda: order.append("ours")}
-    timings = alternate(runs, 3, {"twin": 1.0, "ours": 0.04}, lambda: None, lambda: rounds.append(1))
+    order, runs = [], {name: lambda name=name: order.append(name) for name in ("reference", "ours")}
+    with tqdm(total=3) as progress:
+        seconds = harness.alternate(runs, 3, {"reference": 1.0, "ours": 0.04}, CPU, progress)
     ours = ["ours"] * 2  # two calls of 0.04 s fit into the shortest round
-    assert order == ["twin", *ours, *ours, "twin", "twin", *ours]
-    assert len(rounds) == 6 and all(len(timing.seconds) == 3 for timing in timings.values())
-
-
-def test_medians_and_quartiles():
-    assert Timing((3.0, 1.0, 2.0, 5.0, 4.0)).median == 3
-    assert Timing((3.0, 1.0, 2.0, 5.0, 4.0)).quartiles == (2, 4)
-    assert Timing((7.0,)).quartiles == (7, 7)
+    assert order == ["reference", *ours, *ours, "reference", "reference", *ours]
+    assert all(len(values) == 3 for values in seconds.values())
+    timing = Timing((3.0, 1.0, 2.0, 5.0, 4.0))
+    assert (timing.median, timing.quartiles, Timing((7.0,)).quartiles) == (3, (2, 4), (7, 7))
+    assert [str(Timing((s,))) for s in (2.0, 0.002, 2e-6)] == ["2 s (2–2)", "2 ms (2–2)", "2 µs (2–2)"]

@@ -1,4 +1,4 @@
-// The way of working of the research code's CUDA extension, written anew, to compare with in benchmark_splat_cuda.py:
+// The way of working of the research code's CUDA extension, written anew, to compare with in benchmark_splat.py:
 // one image per call; blocks of 16 threads; forward with a thread per pixel that visits every token and adds to its
 // pixel in global memory, channels last, and 16 times the threads that this takes; backward with one thread per token
 // that visits every pixel and adds to its gradients in global memory. And an empty kernel, for the price of a launch.

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from harness import RETURNS_MEMORY
 from package_process import run_code
 
-from gpstoken_diffusers.benchmark.measure import RETURNS_MEMORY
 from gpstoken_diffusers.ops.backend import native
 
 pytestmark = [
@@ -24,7 +24,7 @@ _SETUP = """
 import json, torch
 from gpstoken_diffusers import AutoencoderGPSToken
 from gpstoken_diffusers.assets import MINI
-from gpstoken_diffusers.benchmark.measure import peak_memory_mb
+from harness import peak_memory_mb
 torch.set_num_threads(1)
 cpu, found = torch.device("cpu"), {}
 generator = torch.Generator().manual_seed(0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from model_zoo import noise_images, tiny_model
+from roofline import pairs_in_boxes
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpstoken_diffusers import partition_image
-from gpstoken_diffusers.benchmark.roofline import pairs_in_boxes
 from gpstoken_diffusers.models.lattice_painter import LatticePainter
 from gpstoken_diffusers.models.windows import map_geometry
 

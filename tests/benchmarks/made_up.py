@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..assets import MINI, MINI_PIPELINE
-from ..models import official_checkpoints
+from gpstoken_diffusers.assets import MINI, MINI_PIPELINE
+from gpstoken_diffusers.models import official_checkpoints
 
 # What the toys of --quick change.
 _TOY_MAP = {
@@ -46,33 +46,23 @@ _TOY_GENERATOR = {
 }
 
 
-def _saved_config(folder: Path) -> dict:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
 def autoencoder_config(size: str, toy: bool) -> dict | None:
     """Constructor arguments of a size's autoencoder; None for a size that has none."""
-    if size == "mini":
-        config = _saved_config(MINI)
-    elif size in official_checkpoints.PRESETS:
-        config = dict(official_checkpoints.PRESETS[size])
-    else:
-        return None
-    if toy:
-        config |= _TOY_LATTICE if config.get("decoder_type") == "lattice" else _TOY_MAP
-    return config
+    config = _saved_config(MINI) if size == "mini" else official_checkpoints.PRESETS.get(size)
+    toys = _TOY_LATTICE if size == "mini" else _TOY_MAP
+    return {**config, **(toys if toy else {})} if config else None
 
 
 def generator_config(size: str, toy: bool) -> dict | None:
     """Constructor arguments of a size's second stage; None for a size that has none."""
-    if size == "mini":
-        config = _saved_config(MINI_PIPELINE / "transformer")
-    elif size in official_checkpoints.GENERATOR_PRESETS:
-        config = dict(official_checkpoints.GENERATOR_PRESETS[size])
-    else:
-        return None
-    return config | _TOY_GENERATOR if toy else config
+    folder = MINI_PIPELINE / "transformer"
+    config = _saved_config(folder) if size == "mini" else official_checkpoints.GENERATOR_PRESETS.get(size)
+    return {**config, **(_TOY_GENERATOR if toy else {})} if config else None
+
+
+def _saved_config(folder: Path) -> dict:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 @torch.no_grad()

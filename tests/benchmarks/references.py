@@ -1,11 +1,11 @@
-"""The plain twins: the same functions of the same weights, computed as the released research code computes them.
+"""The references: the same functions of the same weights, computed as the released research code computes them.
 
 Partition in Python, image by image; a dense splat in a loop over the batch; eager float32 in contiguous memory with
 torch's own operations; every RoI cell embedded before it is pooled block by block; both halves of guidance at every
-step. Nothing here is made slow on purpose: where it is not known how the release does a step, torch's fastest plain
-operation does it. Three things differ in speed from the release: its partition calls OpenCV (92 ms for 256 tokens of a
-256-px image on one core of a 2.3-GHz Xeon, where the NumPy definition takes twice as long), on a GPU it has a splat
-kernel of its own where this is dense, and its SDE sampler evaluates the network twice per step where this does once.
+step. Nothing here is slow on purpose: where it is not known how the release does a step, torch's fastest operation does
+it. Three things differ in speed from the release. Its partition calls OpenCV (92 ms for 256 tokens of a 256-px image on
+one core of a 2.3-GHz Xeon, where NumPy takes twice as long). On a GPU it has a splat kernel of its own where this is
+dense. Its SDE sampler evaluates the network twice per step where this does once.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from ..models.autoencoder_gpstoken import AutoencoderGPSToken
-from ..models.map_decoder import DecoderBlock, MapAttention, MapDecoder
-from ..models.norms import GroupNorm, TileGroupNorm
-from ..models.refinement import GaussianRefiner, PooledRegionReader, add_in_logit_space
-from ..models.stem import ImageStem
-from ..models.transformer_gpstoken import GPSTokenTransformerModel
-from ..ops.backend.native import BACKEND_VARIABLE
-from ..ops.partition import grayscale, initial_gaussians
-from ..ops.partition_reference import partition_image_reference
-from ..ops.splat_reference import splat_gaussians_reference
+from gpstoken_diffusers.models.autoencoder_gpstoken import AutoencoderGPSToken
+from gpstoken_diffusers.models.map_decoder import DecoderBlock, MapAttention, MapDecoder
+from gpstoken_diffusers.models.norms import GroupNorm, TileGroupNorm
+from gpstoken_diffusers.models.refinement import GaussianRefiner, PooledRegionReader, add_in_logit_space
+from gpstoken_diffusers.models.stem import ImageStem
+from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerModel
+from gpstoken_diffusers.ops.backend.native import BACKEND_VARIABLE
+from gpstoken_diffusers.ops.partition import grayscale, initial_gaussians
+from gpstoken_diffusers.ops.partition_reference import partition_image_reference
+from gpstoken_diffusers.ops.splat_reference import splat_gaussians_reference
 
 
 @contextlib.contextmanager
-def plain_definitions() -> Iterator[None]:
-    """Within it, this process's native operations run by their plain definitions."""
+def reference_operations() -> Iterator[None]:
+    """Within it, this process's native functions run by their references."""
     before = os.environ.get(BACKEND_VARIABLE)
     os.environ[BACKEND_VARIABLE] = "reference"
     try:
@@ -49,14 +49,15 @@ def plain_definitions() -> Iterator[None]:
 # ---- tokenizer ----
 
 
-def plain_partition(images: Tensor, num_tokens: int, min_region_size: int, exponent: float) -> tuple[Tensor, Tensor]:
+def partition(model: AutoencoderGPSToken, images: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) in [-1, 1] -> regions (B, N, 4) int32 and geometry (B, N, 5), on the images' device."""
-    grey = grayscale(images).cpu().numpy()
-    regions = torch.from_numpy(partition_image_reference(grey, num_tokens, min_region_size, exponent))
+    config, grey = model.config, grayscale(images).cpu().numpy()
+    found = partition_image_reference(grey, config.num_tokens, config.min_region_size, config.entropy_exponent)
+    regions = torch.from_numpy(found)
     return regions.to(images.device), initial_gaussians(regions, *images.shape[-2:]).to(images.device)
 
 
-def plain_stem(stem: ImageStem, images: Tensor) -> Tensor:
+def stem(stem: ImageStem, images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, C, H / patch, W / patch)."""
     x = stem.conv_in(F.pixel_unshuffle(images, stem.patch_size) if stem.patch_size > 1 else images)
     for block in stem.blocks:
@@ -65,9 +66,7 @@ def plain_stem(stem: ImageStem, images: Tensor) -> Tensor:
     return x
 
 
-def plain_refinement(
-    refiner: GaussianRefiner, features: Tensor, geometry: Tensor, regions: Tensor
-) -> tuple[Tensor, Tensor]:
+def refinement(refiner: GaussianRefiner, features: Tensor, geometry: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
     """Features (B, C, h, w), geometry (B, N, 5), regions (B, N, 4) -> geometry (B, N, 5), texture (B, N, channels)."""
     boxes = [own.float() for own in regions]
     settings = refiner.region_cells
@@ -86,7 +85,7 @@ def plain_refinement(
     return add_in_logit_space(geometry, refiner.geometry_head(hidden)), refiner.texture_head(hidden)
 
 
-def plain_splat(model: AutoencoderGPSToken, geometry: Tensor, texture: Tensor) -> Tensor:
+def splat(model: AutoencoderGPSToken, geometry: Tensor, texture: Tensor) -> Tensor:
     """(B, N, 5) and (B, N, channels) -> feature map (B, C, map, map)."""
     side, support = model.config.map_size, model.config.support
     maps = []
@@ -98,8 +97,8 @@ def plain_splat(model: AutoencoderGPSToken, geometry: Tensor, texture: Tensor) -
     return torch.cat(maps)
 
 
-def plain_decoder(model: AutoencoderGPSToken, feature_map: Tensor) -> Tensor:
-    """Feature map (B, C, map, map) -> pictures (B, 3, H, W). A lattice decoder wants [`plain_definitions`] around."""
+def decoder(model: AutoencoderGPSToken, feature_map: Tensor) -> Tensor:
+    """Feature map (B, C, map, map) -> pictures (B, 3, H, W). A lattice decoder needs [`reference_operations`]."""
     decoder = model.decoder
     if not isinstance(decoder, MapDecoder):
         return decoder(feature_map)
@@ -114,14 +113,12 @@ def plain_decoder(model: AutoencoderGPSToken, feature_map: Tensor) -> Tensor:
     return decoder.conv_out(_tile_norm(decoder.norm_out, x))
 
 
-def plain_reconstruction(model: AutoencoderGPSToken, images: Tensor) -> Tensor:
+def reconstruction(model: AutoencoderGPSToken, images: Tensor) -> Tensor:
     """Pictures of one tile (B, 3, H, W) in [-1, 1] there and back, by a float32 model."""
-    config = model.config
-    with plain_definitions():
-        partition = plain_partition(images, config.num_tokens, config.min_region_size, config.entropy_exponent)
-        regions, geometry = partition
-        refined, texture = plain_refinement(model.refiner, plain_stem(model.stem, images), geometry, regions)
-        return plain_decoder(model, plain_splat(model, refined, texture).contiguous())
+    with reference_operations():
+        regions, geometry = partition(model, images)
+        refined, texture = refinement(model.refiner, stem(model.stem, images), geometry, regions)
+        return decoder(model, splat(model, refined, texture).contiguous())
 
 
 def _group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
@@ -155,7 +152,7 @@ def _map_attention(attention: MapAttention, x: Tensor) -> Tensor:
 # ---- generator ----
 
 
-def plain_sampling(
+def sampling(
     model: GPSTokenTransformerModel,
     latents: Tensor,
     class_labels: Tensor,
