@@ -13,12 +13,15 @@ from everything else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from harness import (
@@ -34,11 +37,11 @@ from harness import (
     write_plot,
 )
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens, partition_image
 from gpstoken_diffusers.assets import MINI
+from gpstoken_diffusers.models import attention
 from gpstoken_diffusers.safe_files import write_atomically
 
 Figures = dict[str, float]
@@ -80,17 +83,21 @@ def measure_size(size: int, budget: str, dtype: torch.dtype) -> Figures:
     return {"tokens": found["encode"].num_tokens, "megapixels": size * size / 1e6, **figures}
 
 
-class AttentionTime(TorchFunctionMode):
-    """Processor seconds of all attentions: products of queries and keys, softmax, products with values."""
+@contextlib.contextmanager
+def attention_seconds() -> Iterator[list[float]]:
+    """Within it, processor seconds of each attention: products of queries and keys, softmax, products with values."""
+    seconds: list[float] = []
 
-    seconds = 0.0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def timed(function, *args, **kwargs):
         started = time.process_time()
-        result = function(*args, **(kwargs or {}))
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            self.seconds += time.process_time() - started
+        result = function(*args, **kwargs)
+        seconds.append(time.process_time() - started)
         return result
+
+    with contextlib.ExitStack() as stack:
+        for name in ("dispatch_attention_fn", "attention_by_products"):
+            stack.enter_context(mock.patch.object(attention, name, partial(timed, getattr(attention, name))))
+        yield seconds
 
 
 def measure_tokens(num_tokens: int, rounds: int, dtype: torch.dtype) -> Figures:
@@ -112,9 +119,9 @@ def measure_tokens(num_tokens: int, rounds: int, dtype: torch.dtype) -> Figures:
             features = timed("stem", model.stem, tile.to(dtype))
             refined, texture = timed("refinement", model.refiner, features, geometry, regions)
             timed("decoder", model.decode, GPSTokens(refined, texture, (256, 256)))
-            with AttentionTime() as spent:
+            with attention_seconds() as spent:
                 model.refiner(features, geometry, regions)
-            seconds.setdefault("attention", []).append(spent.seconds)
+            seconds.setdefault("attention", []).append(sum(spent))
     figures = {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up
     figures["rest of refinement"] = figures.pop("refinement") - figures["attention"]
     return figures

@@ -177,6 +177,7 @@ def sampling(
     for time, following in pairwise(times):
         both = torch.cat([latents, latents])
         conditional, unconditional = model(both, both.new_full((len(both),), time), labels, where).sample.chunk(2)
-        scale = guidance_scale if guidance_interval[0] <= time <= guidance_interval[1] else 1.0
+        # Schedulers keep times in float32: a grid's step at an end of the interval is there within rounding.
+        scale = guidance_scale if guidance_interval[0] <= round(time, 5) <= guidance_interval[1] else 1.0
         latents = latents + (following - time) * (unconditional + scale * (conditional - unconditional))
     return latents
