@@ -175,7 +175,7 @@ class LayoutEdits:
             but for what tiles need to hold equally many. sigma >= 1e-5 and |rho| <= 1 - 1e-6 where they are edited.
 
         Raises ValueError: several pictures, another number of tokens than that edited, another layout
-            (`dataclasses.replace(edits, fingerprint=None)` applies edits all the same), edits of tokens that were
+            (`dataclasses.replace(edits, fingerprint=None)` applies edits anyway), edits of tokens that were
             deleted before, or edits that leave no token.
         """
         if self.is_empty:
@@ -228,7 +228,7 @@ def _shown(value: Any) -> str:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json.loads by itself keeps the last of equal keys in silence."""
+    """A JSON object; json.loads would silently keep the last of equal keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object has a key twice")

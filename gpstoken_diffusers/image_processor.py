@@ -107,12 +107,12 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         """Prepares a batch for `AutoencoderGPSToken.encode(**features)`.
 
         Args:
-            images: one picture or several, which come out at one size: PIL images of any mode; numpy arrays (H, W),
+            images: one picture or several, all of one size in the end: PIL images of any mode; numpy arrays (H, W),
                 (H, W, 1|3|4) or (B, H, W, C), uint8 or floats in [0, 1]; tensors (H, W), (1|3|4, H, W) or
                 (B, C, H, W), uint8 or floats in [0, 1].
             num_tokens: tokens per tile; None takes the processor's number.
-            importance: for each picture (or one for all) a map of the picture's own size, gray or of booleans, that
-                draws tokens to where it is bright.
+            importance: for each picture (or one for all) a map of the picture's size that draws tokens to where it is
+                bright: a PIL image of any mode, as [`mask_levels`] takes it, or gray or booleans in an array.
             importance_strength: how strongly, see [`partition_image`].
             return_tensors: as in transformers; "pt" alone is there.
 
@@ -122,8 +122,8 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
 
         Raises:
             TypeError: a picture of another type or dtype.
-            ValueError: pictures of several sizes, values outside [0, 1], NaN, a map of another size than its
-                picture, or more tokens than a tile has regions.
+            ValueError: empty pictures, pictures of several sizes, values outside [0, 1], NaN, a map of another size
+                than its picture, or more tokens than a tile has regions.
         """
         if return_tensors != "pt":
             raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}: there are PyTorch tensors only.')
@@ -131,7 +131,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         if not images:
             raise ValueError("There is no image to process: the list is empty.")
         pixels = [_to_pixel_values(image, self.background) for image in images]
-        pixel_values = self._fit_and_stack(pixels, "images").clamp_(-1, 1)  # ours: nothing of the caller's
+        pixel_values = self._fit_and_stack(pixels, "images").clamp_(-1, 1)  # in place: the memory is ours
         weights = None
         if importance is not None:
             maps = [_to_importance(image) for image in _as_list(importance)]
@@ -170,7 +170,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         """Layouts without a picture: tokens where masks are bright, see [`layout_from_mask`].
 
         Args:
-            masks: grey pictures or booleans, as `importance` of [`preprocess`].
+            masks: as `importance` of [`preprocess`].
             num_tokens: tokens per tile; None takes the processor's number.
             strength: density on the mask over density elsewhere, less one.
         """

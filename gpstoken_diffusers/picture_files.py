@@ -14,9 +14,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tif
 """Files that are taken for pictures when a folder or an archive is searched, in any case of letters."""
 
 # Pillow's names; HEIF where a plugin knows it. Not EPS, for which Pillow starts Ghostscript, nor formats of other data.
-_FORMATS = (
-    "AVIF BMP DDS DIB GIF HEIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP"
-).split()
+_FORMATS = "AVIF BMP DDS DIB GIF HEIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -163,6 +161,6 @@ def _turned(picture: Image.Image, original: Image.Image) -> Image.Image:
     """The picture turned as the EXIF or XMP data of the original say; damaged data say nothing."""
     try:
         method = _UPRIGHT.get(original.getexif().get(_ORIENTATION))
-    except Exception:  # Pillow's parser raises many kinds, and the pixels are good all the same
+    except Exception:  # Pillow's parser raises many kinds, and the pixels are good
         method = None
     return picture if method is None else picture.transpose(method)

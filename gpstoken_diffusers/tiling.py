@@ -18,8 +18,8 @@ def tile_grid_for(height: int, width: int, tile_size: int) -> tuple[int, int]:
 def pad_to_tiles(images: Tensor, tile_size: int) -> Tensor:
     """Extends images at the right and bottom to whole tiles by repeating their last column and row.
 
-    A repeated edge has no detail of its own, so that the partition spends few tokens on it, and no step at the
-    image's border, which a decoder would smear back into the picture.
+    A repeated edge adds no detail, on which the partition would spend tokens, and no step at the image's border, which
+    a decoder would smear back into the picture.
 
     Shapes: (B, C, H, W) -> (B, C, rows tile_size, cols tile_size).
     """

@@ -34,9 +34,7 @@ DELETED_GEOMETRY = (1e-3, 1e-3, 0.0, 3.0, 3.0)
 # Selections
 
 
-def select_by_mask(
-    tokens: GPSTokens, mask: Tensor, criterion: str = "footprint", reach_sigmas: float = 3.0
-) -> Tensor:
+def select_by_mask(tokens: GPSTokens, mask: Tensor, criterion: str = "footprint", reach_sigmas: float = 3.0) -> Tensor:
     """Tokens that a mask of pixels touches.
 
     Args:
@@ -346,9 +344,7 @@ def _pack(tokens: GPSTokens, geometry: Tensor, texture: Tensor, live: Tensor) ->
     """
     places = max(1, int(live.sum(dim=-1).max()))
     order = live.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :places]
-    packed = [
-        values.gather(2, order[..., None].expand(-1, -1, -1, values.shape[-1])) for values in (geometry, texture)
-    ]
+    packed = [values.gather(2, order[..., None].expand(-1, -1, -1, values.shape[-1])) for values in (geometry, texture)]
     result = replace(tokens, geometry=packed[0].flatten(1, 2), texture=packed[1].flatten(1, 2))
     return delete_tokens(result, ~live.gather(2, order).flatten(1))
 

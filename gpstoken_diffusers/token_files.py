@@ -32,7 +32,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -240,7 +240,7 @@ def _pack(tokens: Tokens, bits: int) -> Tensor:
     deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, zlib.Z_FILTERED)
     stream = bytearray()
     for part in parts:
-        # A new block, with a Huffman code of its own, for what has frequencies of its own.
+        # A new block has its own Huffman code, for the frequencies of this part.
         stream += deflate.compress(part.tobytes()) + deflate.flush(zlib.Z_BLOCK)
     return torch.frombuffer(stream + deflate.flush(), dtype=torch.uint8)
 
@@ -280,7 +280,7 @@ def _unpack(payload: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tenso
     return torch.from_numpy(codes), torch.from_numpy(texture_codes), torch.from_numpy(ranges)
 
 
-def _shape(value: object) -> tuple[int, int, int]:
+def _shape(value: Any) -> tuple[int, int, int]:
     are_ints = isinstance(value, list) and [type(size) for size in value] == [int, int, int]
     if not are_ints or min(value[:2]) < 1 or value[2] < 0:
         raise ValueError(f"their shape reads {value!r}, not [images, tokens, texture channels]")

@@ -70,9 +70,7 @@ def visualize_gaussians(
     grounds = _as_pictures(image, tokens.batch_size, (width, height))
     geometry_px = _geometry_px(tokens, height, width)
     draw = _draw_glow if style == "glow" else _draw_ellipses
-    return [
-        draw(gaussians, ground, height, width) for gaussians, ground in zip(geometry_px, grounds, strict=True)
-    ]
+    return [draw(gaussians, ground, height, width) for gaussians, ground in zip(geometry_px, grounds, strict=True)]
 
 
 def panel(columns: Sequence[tuple[str, Image.Image]], footer: str = "") -> Image.Image:

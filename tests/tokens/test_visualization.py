@@ -60,9 +60,7 @@ def test_glow_has_the_shape_of_the_gaussian(sigma_x, sigma_y, rho):
 
 def test_glow_adds_up():
     one, other = (5, 5, 0, 30, 30), (5, 5, 0, 42, 30)
-    between = [
-        light_of(visualize_gaussians(tokens_at(*g))[0])[30, 36] for g in ((one,), (other,), (one, other))
-    ]
+    between = [light_of(visualize_gaussians(tokens_at(*g))[0])[30, 36] for g in ((one,), (other,), (one, other))]
     assert between[2] > 1.2 * max(between[:2])
 
 
@@ -131,9 +129,7 @@ def test_ellipses_leave_the_rest_of_the_picture_alone():
     ground = Image.fromarray(generator.integers(0, 256, (60, 90, 3), dtype=np.uint8))
     inside = tokens_at((10, 6, 0, 30, 30))
     outside = tokens_at((10, 6, 0, 3000, 30))  # draws nothing
-    drawn, empty = (
-        np.asarray(visualize_gaussians(t, ground, "ellipses")[0]).astype(int) for t in (inside, outside)
-    )
+    drawn, empty = (np.asarray(visualize_gaussians(t, ground, "ellipses")[0]).astype(int) for t in (inside, outside))
     changed = np.abs(drawn - empty).max(axis=-1) > 0
     y, x = np.nonzero(changed)
     distance = np.hypot((x - 30) / 10, (y - 30) / 6)
