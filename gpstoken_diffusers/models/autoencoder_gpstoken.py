@@ -54,7 +54,7 @@ class AutoencoderGPSToken(
     A greedy entropy-driven partition places the Gaussians, a transformer refines them and reads their texture, a
     splatting renderer paints them onto a feature map, a convolutional decoder makes the picture. Images larger than
     `sample_size` are cut into tiles whose tokens merge into one set; other sizes are padded and cropped back.
-    Large images are worked off piece by piece; `set_memory_budget("1GB")` says how much memory that may take.
+    Large images are processed piece by piece; `set_memory_budget("1GB")` limits the memory that this takes.
 
     Args:
         in_channels, out_channels: image channels.
@@ -79,7 +79,7 @@ class AutoencoderGPSToken(
 
     Precision: in bfloat16 or float16, the Gaussians, the geometry head and its residuals, RoIAlign, the splat's
     accumulation and the normalisation statistics stay float32. A centre in bfloat16 is off by up to a pixel, and sums
-    over many Gaussians lose what the decoder looks at. Texture and all convolutions follow the model's dtype.
+    over many Gaussians lose detail that the decoder needs. Texture and all convolutions follow the model's dtype.
     """
 
     _official = official_checkpoints.AUTOENCODER
@@ -191,7 +191,7 @@ class AutoencoderGPSToken(
         return WorkPlan(self.config, self.dtype, self._memory_budget, self.use_slicing)
 
     def _lasting(self, result: Tensor) -> Tensor:
-        """A network's result in memory of its own: a CUDA graph writes each over the one before."""
+        """A network's result in memory of its own: a CUDA graph overwrites its last result."""
         return result.clone() if self.is_compiled else result
 
     @apply_forward_hook
@@ -387,7 +387,7 @@ class AutoencoderGPSToken(
         """Encodes and decodes: (B, in_channels, H, W) in [-1, 1] -> `sample` of that size. Arguments as `encode`, and
 
         texture_noise: for training. Each image's textures get noise of up to this share of their deviation in the
-            batch, so that the decoder forgives what a generator of tokens gets slightly wrong.
+            batch, so that the decoder tolerates the small errors of a generator of tokens.
         """
         (tokens,) = self.encode(sample, geometry, regions, num_tokens=num_tokens, return_dict=False)
         if texture_noise:

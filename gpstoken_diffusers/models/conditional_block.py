@@ -81,8 +81,8 @@ class GaussianEmbedding(FeedForward):
     Args:
         hidden_size: width of the tokens.
         frequencies: 0 embeds the five numbers as they are, as the released generator does. More adds
-            [`fourier_features`] of the centre and of log2(sigma) / 2: a network fed with bare coordinates is slow to
-            tell apart neighbours at a hundredth of the image.
+            [`fourier_features`] of the centre and of log2(sigma) / 2: from bare coordinates, a network is slow to learn
+            to tell apart neighbours at a hundredth of the image.
 
     Shapes: (B, N, 5) float32 and the dtype that the network computes in -> (B, N, hidden_size).
     """
@@ -101,7 +101,7 @@ class GaussianEmbedding(FeedForward):
 
 
 def initialise_generator(model: nn.Module) -> None:
-    """Xavier-uniform matrices, small embeddings, and zeros where a fresh network must do nothing."""
+    """Draws fresh weights: Xavier-uniform matrices, small embeddings, and zeros in gates and the last layer."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,4 +1,4 @@
-"""Nearest enlargement by two and a 3x3 convolution, in one step that multiplies no pixel twice."""
+"""Nearest enlargement by two and a 3x3 convolution in one step, without multiplying copies of a pixel."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 class EnlargingConv2d(nn.Module):
     """`conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)`, with 4 products for each 9.
 
-    Of the nine pixels that a window of the enlarged map covers, several are copies of one, so their weights can be
-    added first. Which ones are copies depends on whether row and column are even; a transposed convolution of stride 2
-    has just these four kernels, 2x2 each. The sums of weights are made at every call, which takes a hundredth of it,
-    and so are never out of date. They round once more in bfloat16 and float16.
+    Of the nine pixels that a kernel covers on the enlarged map, several are copies of one pixel, so their weights can
+    be added first. Which ones are copies depends on whether row and column are even: four cases, which are the four
+    2x2 kernels of a transposed convolution of stride 2. The weights are added up at every call, which takes a hundredth
+    of its time and keeps the sums up to date. In bfloat16 and float16 the sums are rounded once more.
 
     Args:
         in_channels, out_channels: channels of the map.
@@ -42,7 +42,7 @@ class EnlargingConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out_channels, in_channels = self.weight.shape[:2]
         # Along one axis the kernel's four positions take the weights (2), (1, 2), (0, 1) and (0). This 4x3 matrix of
-        # zeros and ones is made where the weights are: copied from the host, no CUDA graph could hold it.
+        # zeros and ones is made where the weights are: a copy from the host would break a CUDA graph.
         lines = torch.eye(4, 3, dtype=self.weight.dtype, device=self.weight.device)
         lines = (lines + lines.roll(1, 0)).flip(0)
         # All sums by one matrix product, which rounds each once.

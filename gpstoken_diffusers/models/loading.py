@@ -1,4 +1,4 @@
-"""How models come out of files: presets, official single files, folders of `save_pretrained`."""
+"""How models are loaded: presets, official single files, folders of `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _OTHER_SETTINGS = {"auto_map", "quantization_config"}
 def refuse_unknown_settings(owner: type, config: dict[str, Any], file: str | os.PathLike) -> None:
     """Raises ValueError for settings in `file` that the class `owner` does not know.
 
-    diffusers only warns of settings that it drops, and the pictures come out wrong.
+    diffusers drops such settings with a warning, and the pictures come out wrong.
     """
     unknown = {name for name in config if not name.startswith("_")} - owner._get_init_keys(owner) - _OTHER_SETTINGS
     if unknown:
         raise ValueError(
             f"{file} has settings that {owner.__name__} of gpstoken_diffusers {__version__} does not know: "
-            f"{', '.join(sorted(unknown))}. If a later version saved it: pip install -U gpstoken-diffusers."
+            f"{', '.join(sorted(unknown))}. A later version may have saved it: pip install -U gpstoken-diffusers."
         )
 
 
@@ -83,7 +83,8 @@ class FolderLoadingMixin:
         if empty:
             raise OSError(
                 f"{pretrained_model_name_or_path} lacks {len(empty)} of the model's weights ({', '.join(empty[:10])}"
-                f"{', ...' if len(empty) > 10 else ''}). The folder is incomplete, or its config.json is another's."
+                f"{', ...' if len(empty) > 10 else ''}). The folder is incomplete, or its config.json belongs to "
+                "another model."
             )
         align_weights(loaded)
         return model
@@ -102,14 +103,14 @@ class FolderLoadingMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_string(self) -> str:
-        """The configuration as it is saved; without the local path that diffusers would put into it."""
+        """The configuration as it is saved, without the local path that diffusers would add."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 class SingleFileLoadingMixin(FolderLoadingMixin):
-    """Adds presets and official single files; a model says by `_official` which format is its own."""
+    """Adds presets and official single files, whose format a model names in `_official`."""
 
     _official: official_checkpoints.OfficialFormat
 

@@ -1,4 +1,4 @@
-"""Official checkpoint files to this package's names: the one place that knows the old ones.
+"""Renames official checkpoint files to this package's names, which only this file knows both of.
 
 The research code (github.com/xtudbxk/GPSToken) stores an autoencoder as safetensors with names such as
 `attnblocks.0.attn1.in_proj_weight`, and a generator with SiT's names under `ema_model.`. Nothing here is unpickled:
@@ -200,7 +200,7 @@ def recognise_preset(
     """
     head = converted.get("refiner.texture_head.weight")
     if head is None:
-        raise ValueError(f"{source} lacks 'to_gps.1.weight', the texture head: it is no whole autoencoder.")
+        raise ValueError(f"{source} lacks 'to_gps.1.weight', the texture head: it is not a whole autoencoder.")
     texture_channels = head.shape[0]
     if preset is not None:
         if preset not in PRESETS:
@@ -220,7 +220,7 @@ def recognise_preset(
         return named[0], f"by the file's name {stem!r}"
     raise ValueError(
         f"{source} has {texture_channels} texture channels, which fits {' and '.join(fitting) or 'no preset'}: "
-        f"the weights do not tell them apart. Say which it is, for example preset={(fitting or ['l256'])[-1]!r}."
+        f"the weights do not tell them apart. Say which one, for example preset={(fitting or ['l256'])[-1]!r}."
     )
 
 

@@ -82,7 +82,7 @@ class PooledRegionReader(nn.Module):
 class FlatRegionReader(nn.Module):
     """Reads all cells of a region by one linear layer, for the first transformer block alone.
 
-    With few blocks, a pooling per block would pass on few of the cells; this passes on all of them.
+    With few blocks, a pooling per block would pass on little of the cells; this passes on all of them.
 
     Shapes: cells (B N, channels, cells) -> (1, B N, hidden_size).
     """

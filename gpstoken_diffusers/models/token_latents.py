@@ -1,4 +1,4 @@
-"""Between tokens and what a generator works on: a geometry residual and texture, each channel standardised."""
+"""Tokens as a generator's latents and back: a geometry residual and texture, each channel standardised."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..geometry import CENTER, GENERATED_MAX_ABS_RHO, GEOMETRY_CHANNELS, MIN_SIG
 
 
 def geometry_residual(initial_geometry: Tensor, geometry: Tensor, kind: str) -> Tensor:
-    """By what a Gaussian differs from the one it started as; undone by [`geometry_from_residual`].
+    """The difference between a Gaussian and its initial one; undone by [`geometry_from_residual`].
 
     Args:
         initial_geometry, geometry: (..., 5) float32.
-        kind: "additive", the difference of the numbers, as the released generator takes it; or "relative": log ratios
-            of the sigmas, atanh of rho, and the centre's shift in units of the initial sigmas. Additive residuals of
-            small Gaussians vanish beside those of large ones; relative ones are alike, and any value gives a valid
+        kind: "additive", the difference of the numbers, as in the released generator; or "relative": log ratios of
+            the sigmas, atanh of rho, and the centre's shift in units of the initial sigmas. Additive residuals of small
+            Gaussians vanish beside those of large ones; relative ones have the same size, and any value gives a valid
             Gaussian.
 
     Returns: (..., 5) float32.

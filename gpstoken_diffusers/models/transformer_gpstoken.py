@@ -41,25 +41,25 @@ class GPSTokenTransformerModel(
 ):
     r"""A SiT over tokens: predicts the velocity of the latents z_t = t z + (1 - t) noise.
 
-    Latents are standardised geometry residuals and textures ([`TokenLatentsMixin`]); every token is told its initial
-    Gaussian, and all tokens the time and the class. There is no other position, so that the order of tokens is without
-    meaning and any number of them can be asked for. With the default arguments it is the released SiT-XL/2-gs in all
-    but its scale of latents; `from_preset("xl")` and `from_single_file` give the whole of it.
+    Latents are standardised geometry residuals and textures ([`TokenLatentsMixin`]). Every token is given its initial
+    Gaussian, and all tokens the time and the class. There is no other position, so the order of tokens has no meaning
+    and their number is free. The default arguments are the released SiT-XL/2-gs without its scale of latents;
+    `from_preset("xl")` and `from_single_file` include the scale.
 
     N. Ma et al., "SiT: exploring flow and diffusion-based generative models with scalable interpolant transformers",
     2024; GPSToken, arXiv 2509.01109.
 
     Args:
         texture_channels: numbers of texture per token; latents have 5 more channels.
-        num_tokens: tokens per image that it was trained on. Others work, as far as training carries.
+        num_tokens: tokens per image in training. Other numbers work, less well the further they are from it.
         num_classes: classes; label `num_classes` is the null class, "no class in particular".
         hidden_size, num_layers, num_attention_heads: the transformer.
         layout_frequencies: see [`GaussianEmbedding`]; 0 as released.
         geometry_residual: "additive" as released, or "relative", see [`geometry_residual`].
         latents_mean, latents_std: (5 + texture_channels) numbers that standardise the latents; None for 0 and 1.
-        learn_sigma: whether the last layer has a second half that nothing uses, as in the released files.
-        position_table: whether there is a table of `num_tokens` positions, as in the released files, which stands in
-            where no layout is given. It is never trained.
+        learn_sigma: whether the last layer has a second, unused half, as in the released files.
+        position_table: whether there is a table of `num_tokens` positions, as in the released files. It is used where
+            no layout is given, and is never trained.
     """
 
     _official = official_checkpoints.GENERATOR

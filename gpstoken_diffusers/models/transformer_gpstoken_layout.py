@@ -22,7 +22,7 @@ from .token_latents import StandardisedLatentsMixin
 from .transformer_gpstoken import VelocityOutput
 
 LAYOUT_CHANNELS = 4
-# Octaves that tell neighbours apart in sets of up to some hundred tokens.
+# Enough octaves to tell neighbours apart in sets of some hundred tokens.
 PLACE_FREQUENCIES = 8
 # Bits per axis of the Z-curve: cells finer than the smallest regions of any picture.
 _Z_CURVE_BITS = 12
@@ -34,11 +34,10 @@ class GPSTokenLayoutModel(
     r"""A light transformer that draws layouts, N initial Gaussians, by flow matching.
 
     A layout's latents are, per Gaussian, (log2 sigma_x, log2 sigma_y, x, y), standardised; rho is 0 in every layout.
-    Gaussians stand in the order of a Z-curve through their centres, along which the halves of a partition follow each
-    other, and each is told how far along it stands: as a set without order they take far longer to learn. The place is
-    relative, so that any N can be asked for. What the model draws lies near a partition and is none yet:
-    [`calibrate_layout`] finds the partition (generation pipeline of GPSToken, arXiv 2509.01109: mean calibration and
-    sigma re-initialisation).
+    Gaussians are ordered along a Z-curve through their centres, on which the halves of a partition follow each other,
+    and each is given its place on the curve: as a set without order they take far longer to learn. The place is
+    relative, so N is free. What the model draws lies near a partition but is not one yet; [`calibrate_layout`] finds
+    that partition (generation pipeline of GPSToken, arXiv 2509.01109: mean calibration and sigma re-initialisation).
 
     Args:
         num_tokens: tokens per image that it was trained on.

@@ -78,7 +78,7 @@ class WorkPlan:
     # Encoding
 
     def encoding_bytes(self, tiles: int, num_tokens: int) -> int:
-        """Bytes that so many tiles of `num_tokens` tokens take while they are encoded."""
+        """Bytes that it takes to encode `tiles` tiles of `num_tokens` tokens at once."""
         config, item = self.config, self.dtype.itemsize
         pixels = config.in_channels * config.sample_size**2
         features = config.stem_channels * (config.sample_size // config.stem_patch_size) ** 2
@@ -115,7 +115,7 @@ class WorkPlan:
     # Decoding with a "map" decoder
 
     def map_bytes(self, tiles: int, tile_size: Size) -> int:
-        """Bytes that so many tiles of `tile_size` take while a "map" decoder draws them."""
+        """Bytes that it takes a "map" decoder to draw `tiles` tiles of `tile_size` at once."""
         config, item = self.config, self.dtype.itemsize
         widths = config.decoder_block_out_channels
         pixels = tile_size[0] * tile_size[1]
@@ -123,10 +123,10 @@ class WorkPlan:
         for level, width in enumerate(widths):  # finest first
             before = widths[min(level + 1, len(widths) - 1)]
             # The first block of a resolution holds its input, that normed, the shortcut and a convolution. In half
-            # precision, convolutions of so many channels take as much again for themselves (on a CPU, measured).
+            # precision, wide convolutions take as much again for themselves (measured on a CPU).
             channels = 2 * before + 2 * width
             worst = max(worst, channels * FLOAT32 * pixels * 4 ** (len(widths) - 1 - level))
-        # Attention over a tile's map pixels holds maps alone: its weights come and go in blocks.
+        # Attention over a tile's map pixels holds maps only: its weights come and go in blocks.
         attention = pixels * item * 8 * widths[-1]
         painted = config.texture_channels * (FLOAT32 + 2 * item) * pixels
         return int(tiles * (max(worst, attention) + painted) * MARGIN) + FIXED_BYTES
@@ -223,7 +223,7 @@ class WorkPlan:
 
 
 def _megabytes(size: int) -> str:
-    # Upwards, so that what is advised is enough.
+    # Rounded up, so that the advised budget is enough.
     return f"{math.ceil(size / 1e5) / 10:g} MB"
 
 

@@ -208,24 +208,3 @@ def test_calls_of_the_network_while_sampling():
             assert rows == sorted(rows) and set(rows) == {1, 2}
         else:
             assert rows == expected
-
-
-@pytest.mark.parametrize("kind", ["lattice", "map"])
-def test_graphs_do_not_break(kind):
-    model = tiny_model(kind).eval()
-    pixels = torch.rand(1, 3, 32, 32)
-    with torch.no_grad():
-        output = model.encode(pixels)
-        features = model.stem(pixels)
-        regions = torch.tensor([[[0, 0, 15, 31], [16, 0, 31, 31]]], dtype=torch.int32)
-        geometry = output.initial_tokens.geometry[:, :2]
-        tokens = output.tokens
-        parts = [(model.stem, (pixels,)), (model.refiner, (features, geometry, regions))]
-        if kind == "map":
-            parts += [(model.decoder, (model.decoder.paint(tokens.geometry, tokens.texture),))]
-        else:
-            painting = (tokens.geometry, tokens.texture, (8, 8), (32, 32))
-            parts += [(model.decoder.unfold_texture, painting), (model.decoder, (model.decoder.paint(*painting),))]
-        explained = [torch._dynamo.explain(part)(*inputs) for part, inputs in parts]
-    torch._dynamo.reset()
-    assert all((found.graph_break_count, found.graph_count) == (0, 1) for found in explained)

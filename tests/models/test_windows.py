@@ -111,7 +111,11 @@ def lattice_scene(map_size: tuple[int, int], count: int) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def test_a_map_pixel_does_not_depend_on_its_window():
-    """Bit for bit: what makes pictures independent of the memory budget."""
+    """So pictures do not depend on the memory budget.
+
+    Places are the same to the bit. The perceptron's matrix product may sum in another order for another number of
+    tokens, which is some 1e-6; places that were rounded otherwise would show as 1e-4 and more.
+    """
     decoder, map_size = tiny_model("lattice").decoder, (100, 83)
     geometry, texture = lattice_scene(map_size, 300)
     whole = decoder.unfold_texture.paint_window(geometry, texture, map_size, Window(0, 0, *map_size))
@@ -120,7 +124,8 @@ def test_a_map_pixel_does_not_depend_on_its_window():
         for row in windows_on_cells(map_size, longest, decoder.cell_px):
             for _, window in row:
                 painted = decoder.unfold_texture.paint_window(geometry, texture, map_size, window)
-                assert torch.equal(painted, whole[..., window.top : window.bottom, window.left : window.right])
+                expected = whole[..., window.top : window.bottom, window.left : window.right]
+                torch.testing.assert_close(painted, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("map_size", [(100, 83), (1, 200), (200, 2)])

@@ -1,7 +1,7 @@
-"""Weights that others manage: cast, offloaded, quantised or adapted, a model computes what it computes.
+"""What every class of model does as a model of diffusers: saving, checkpointing, backends, weights others manage.
 
-Each of these replaces or moves the weights of a layer around its `forward`. A weight that is read anywhere else, or a
-dtype that is taken from a weight, fails there or, worse, gives another picture.
+Casting, offloading, quantising and adapters replace or move the weights of a layer around its `forward`. A weight that
+is read anywhere else, or a dtype that is taken from a weight, fails there or, worse, gives another picture.
 """
 
 from __future__ import annotations
@@ -137,3 +137,43 @@ def test_an_adapter_on_every_linear_layer_acts_and_trains(name):
     sum(found.square().sum() for found in outputs(model)).backward()
     # A gradient that is not zero says both: the output depends on this adapter, and training moves it.
     assert [path for path, weight in adapters.items() if weight.grad is None or not weight.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_loaded_model_gives_the_same_numbers(name, tmp_path):
+    """Bit for bit, on any processor: loaded weights lie as evenly in memory as fresh ones."""
+    make, outputs = MODELS[name]
+    model = make()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for (path, own), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(own, other) and other.data_ptr() % 64 == 0, path
+    for own, other in zip(outputs(model), outputs(loaded), strict=True):
+        assert torch.equal(own, other)
+    loaded.save_pretrained(tmp_path / "again")
+    saved = (tmp_path / "again" / "config.json").read_text()
+    assert saved == (tmp_path / "config.json").read_text() and str(tmp_path) not in saved
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_reach_every_parameter_and_checkpointing_keeps_them(name):
+    make, outputs = MODELS[name]
+    plain, checkpointed = make().train(), make().train()
+    checkpointed.enable_gradient_checkpointing()
+    for model in (plain, checkpointed):
+        sum(found.square().mean() for found in outputs(model)).backward()
+    for (path, parameter), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert parameter.grad is not None and parameter.grad.any(), path
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_attention_backends_can_be_chosen(name, keep_attention_backend):
+    make, outputs = MODELS[name]
+    model = make()
+    expected = outputs(model)
+    model.set_attention_backend("_native_math")
+    for found, plain in zip(outputs(model), expected, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
