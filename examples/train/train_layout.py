@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from gpstoken_diffusers import GPSTokenLayoutModel
 from gpstoken_diffusers.models.transformer_gpstoken_layout import layout_features
-from gpstoken_diffusers.training.generator_loop import add_training_arguments, train_generator
+from gpstoken_diffusers.training.generator_loop import add_training_arguments, load_pretrained, train_generator
 from gpstoken_diffusers.training.previews import save_layout_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
@@ -54,7 +54,7 @@ class LayoutLatents(Dataset):
 
 def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenLayoutModel:
     if args.pretrained:
-        return GPSTokenLayoutModel.from_pretrained(args.pretrained)
+        return load_pretrained(GPSTokenLayoutModel, args.pretrained, len(dataset.id2label))
     config = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
     features = layout_features(dataset.layouts()).double().flatten(0, 1)
     data = {
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args, dataset)
     shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
+    shown.use_classes(dataset.id2label)
     validation = LayoutLatents(shown, model) if args.validation_dir else None
 
     def draw_pictures(averaged: GPSTokenLayoutModel, step: int) -> None:

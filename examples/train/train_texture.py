@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenTransformerModel
 from gpstoken_diffusers.assets import MINI
-from gpstoken_diffusers.training.generator_loop import add_training_arguments, train_generator
+from gpstoken_diffusers.training.generator_loop import add_training_arguments, load_pretrained, train_generator
 from gpstoken_diffusers.training.previews import save_texture_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
@@ -74,7 +74,7 @@ def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTran
     if args.pretrained:
         residual = GPSTokenTransformerModel.load_config(args.pretrained)["geometry_residual"]
         statistics = latents_statistics(dataset, residual) if args.new_statistics else {}
-        return GPSTokenTransformerModel.from_pretrained(args.pretrained, **statistics)
+        return load_pretrained(GPSTokenTransformerModel, args.pretrained, len(dataset.id2label), **statistics)
     config = dict(MINI_CONFIG)
     if args.config:
         config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args, dataset)
     shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
+    shown.use_classes(dataset.id2label)
     validation = TextureLatents(shown, model) if args.validation_dir else None
     autoencoder = AutoencoderGPSToken.from_pretrained(args.autoencoder)
 

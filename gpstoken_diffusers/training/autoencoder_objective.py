@@ -33,13 +33,21 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--feature_weight", type=float, default=0.0, help="Of the distance that --feature_network measures.")
     add("--adversarial_weight", type=float, default=0.0, help="Of the critic's opinion; 0 trains without a critic.")
     add("--critic_start", type=int, default=0, help="Step at which the critic begins.")
-    add("--critic_schedule", default="both", choices=CRITIC_SCHEDULES,
-        help="Train model and critic in every step, or in turns, each every other step, as officially.")
+    add(
+        "--critic_schedule",
+        default="both",
+        choices=CRITIC_SCHEDULES,
+        help="Train model and critic in every step, or in turns, each every other step, as officially.",
+    )
     add("--critic_learning_rate", type=float, default=1e-4)
     add("--critic_channels", type=int, default=64)
     add("--critic_norm", default="group", choices=["group", "batch"])
-    add("--texture_noise", type=float, default=0.0,
-        help="Noise on textures, up to this share of their deviation: for tokens that a generator is to draw.")
+    add(
+        "--texture_noise",
+        type=float,
+        default=0.0,
+        help="Noise on textures, up to this share of their deviation: for tokens that a generator is to draw.",
+    )
 
 
 class AutoencoderObjective(Objective):

@@ -12,6 +12,9 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
+# What a run leaves beside its checkpoints.
+_OF_A_RUN = ("model", "curve.jsonl", "logs", "skipped.txt")
+
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
@@ -24,10 +27,35 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
+def claim_output_dir(accelerator: Accelerator, output_dir: Path, wanted: str | None, overwrite: bool) -> None:
+    """Make the folder of a run, and see that no other run is in it. Every process must call this.
+
+    Args:
+        wanted: the checkpoint to go on from, see [`resume_checkpoint`].
+        overwrite: remove what another run left.
+
+    Raises FileExistsError: another run is in the folder, and nobody said what shall become of it.
+    """
+    left = [*list_checkpoints(output_dir), *(output_dir / name for name in _OF_A_RUN if (output_dir / name).exists())]
+    goes_on = wanted is not None and find_checkpoint(output_dir, wanted, must_exist=False).parent == output_dir
+    if left and not (goes_on or overwrite):
+        raise FileExistsError(
+            f"Expected an --output_dir without a run in it, got {output_dir} with {left[0].name}. Go on with that run "
+            "by --resume_from_checkpoint latest, choose another folder, or replace it by --overwrite."
+        )
+    accelerator.wait_for_everyone()  # before the main process removes what the others look at
+    if accelerator.is_main_process:
+        for path in left if overwrite and not goes_on else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep: int) -> None:
     """Write the state of a run, into a temporary folder that is renamed once complete; remove all but `keep`.
 
-    Every process must call this.
+    Checkpoints of later steps go too: the run went back behind them, and takes those steps anew. Every process must
+    call this.
 
     Raises OSError: it cannot be written; the checkpoints before it stay.
     """
@@ -50,29 +78,44 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep:
         return
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    for old in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
+    checkpoints = list_checkpoints(output_dir)
+    kept = [path for path in checkpoints if checkpoint_step(path) <= step][-keep:]
+    for path in checkpoints:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
-def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> None:
-    """Load a checkpoint into everything that was prepared.
+def find_checkpoint(output_dir: Path, wanted: str, must_exist: bool = True) -> Path:
+    """The folder that --resume_from_checkpoint means; for "latest" and no checkpoint yet, one that does not exist.
 
     Args:
         output_dir: the run's folder.
-        wanted: a checkpoint's folder, "latest" for the newest of the run (none yet is fine), or None for none.
+        wanted: "latest" for the newest checkpoint of the run, the name of one of them, or a path.
+
+    Raises FileNotFoundError: no such folder.
+    """
+    if wanted == "latest":
+        return (list_checkpoints(output_dir) or [output_dir / "checkpoint-0"])[-1]
+    inside = output_dir / wanted
+    checkpoint = inside if Path(wanted).name == wanted and inside.is_dir() else Path(wanted)
+    if must_exist and not checkpoint.is_dir():
+        known = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+        raise FileNotFoundError(
+            f'Expected a checkpoint\'s folder, its name, or "latest", but there is no checkpoint at {checkpoint}. '
+            f"{output_dir} has {known}."
+        )
+    return output_dir / checkpoint.name if checkpoint.resolve().parent == output_dir.resolve() else checkpoint
+
+
+def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> None:
+    """Load a checkpoint, see [`find_checkpoint`], into everything that was prepared; None loads nothing.
 
     Raises FileNotFoundError: no such folder.
     """
     if wanted is None:
         return
-    if wanted == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        if not checkpoints:
-            logger.info("No checkpoint in %s yet: starting from the beginning.", output_dir)
-            return
-        checkpoint = checkpoints[-1]
+    checkpoint = find_checkpoint(output_dir, wanted)
+    if checkpoint.is_dir():
+        accelerator.load_state(str(checkpoint))
     else:
-        checkpoint = Path(wanted)
-        if not checkpoint.is_dir():
-            raise FileNotFoundError(f"There is no checkpoint at {checkpoint}.")
-    accelerator.load_state(str(checkpoint))
+        logger.info("No checkpoint in %s yet: starting from the beginning.", output_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +15,8 @@ from .flow_matching import TIME_SAMPLINGS, FlowMatchingSamples, flow_matching_lo
 from .launch import add_loop_arguments, make_accelerator
 from .loop import train
 from .objective import Objective
+
+logger = logging.getLogger(__name__)
 
 Velocity = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor], Tensor]
 
@@ -60,6 +63,29 @@ class FlowMatchingObjective(Objective):
         if self.draw_pictures is not None:
             self.draw_pictures(averaged, step)
         return figures
+
+
+def load_pretrained(kind: type[nn.Module], folder: str, num_classes: int, **config) -> nn.Module:
+    """A saved generator to start from, for data of `num_classes` classes.
+
+    Where it has another number of them, its table of classes is replaced: every class starts as "no class", and learns
+    what sets it apart.
+
+    Args:
+        kind: `GPSTokenTransformerModel` or `GPSTokenLayoutModel`.
+        config: arguments of the model that replace the saved ones.
+    """
+    model = kind.from_pretrained(folder, **config)
+    if model.config.num_classes == num_classes:
+        return model
+    known = model.config.num_classes
+    logger.warning("%s knows %d classes, the data have %d: all are learned anew.", folder, known, num_classes)
+    weights = model.state_dict()
+    no_class = weights["class_embedding.weight"][model.null_class]
+    weights["class_embedding.weight"] = no_class.repeat(num_classes + 1, 1)
+    resized = kind.from_config(model.config, num_classes=num_classes)
+    resized.load_state_dict(weights)
+    return resized
 
 
 def train_generator(

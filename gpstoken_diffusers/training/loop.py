@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..safe_files import replace_folder
-from .checkpoints import resume_checkpoint, save_checkpoint
+from .checkpoints import claim_output_dir, resume_checkpoint, save_checkpoint
 from .launch import trackable_settings
 from .objective import Objective
 from .optimization import build_optimizer, learning_rate_scale
@@ -59,8 +59,9 @@ def train(
         unit: what the progress bar counts.
 
     Raises:
-        FloatingPointError: a loss or gradient is no number any more. The batch is written to OUTPUT_DIR, the weights
-            did not change, the last checkpoint stays.
+        FloatingPointError: a loss or gradient is NaN or infinite. The batch is written to OUTPUT_DIR, the weights did
+            not change, the last checkpoint stays.
+        FileExistsError: OUTPUT_DIR has another run in it, see `checkpoints.claim_output_dir`.
         OSError: a checkpoint cannot be written; the one before it stays whole.
     """
     set_seed(args.seed)
@@ -86,7 +87,7 @@ class _Run:
         self.args, self.accelerator, self.objective, self.unit = args, accelerator, objective, unit
         self.main = accelerator.is_main_process
         self.output_dir = Path(args.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        claim_output_dir(accelerator, self.output_dir, args.resume_from_checkpoint, args.overwrite)
         self.state, self.curve = RunState(), Curve(self.output_dir / "curve.jsonl")
         self.plain = model.train()
         if args.gradient_checkpointing:
@@ -105,6 +106,7 @@ class _Run:
             num_workers=args.num_workers,
             persistent_workers=args.num_workers > 0,
             collate_fn=collate,
+            worker_init_fn=_ignore_stop_requests,
             generator=torch.Generator(),  # its own: the model's noise must not depend on how often a loader was started
         )
         *prepared, self.loader = accelerator.prepare(*networks, *optimizers, loader)
@@ -130,16 +132,16 @@ class _Run:
         return self.state.step
 
     def go(self) -> None:
-        """All steps that are left, or those until somebody asks to stop."""
+        """The steps that are left, until the end, the time limit or SIGTERM."""
         args, state = self.args, self.state
         if self.main:
             trained = sum(parameter.numel() for parameter in self.plain.parameters() if parameter.requires_grad)
             logger.info("%.2f M parameters to train", trained / 1e6)
         self.first_step, self.minutes_before, self.started = self.step, state.minutes, time.monotonic()
-        batches = iter(self.loader)
         total, done = args.max_train_steps * self.per_step, self.step * self.per_step
         bar = tqdm(total=total, initial=done, disable=not self.main, unit=self.unit, unit_scale=True, mininterval=5)
         with bar, _stop_requests() as requested:
+            batches = iter(self.loader)
             late = killed = False
             while self.step < args.max_train_steps and not (late or killed):
                 numbers, late, killed = self._take_step(batches, requested)
@@ -149,7 +151,7 @@ class _Run:
                 loss = f"{state.averages.get('loss', math.nan):.4f}"
                 bar.set_postfix(step=self.step, loss=loss, **skipped, refresh=False)
                 last = late or self.step == args.max_train_steps
-                # Who asked the process to end will not wait for a validation.
+                # A batch system kills soon after it has asked: there may be no time for a validation.
                 validates = not killed and (last or self.step % args.validation_steps == 0)
                 saves = last or killed or self.step % args.checkpointing_steps == 0
                 if validates or saves:
@@ -161,9 +163,7 @@ class _Run:
         if late or killed:
             logger.info("Stopped after step %d; go on with --resume_from_checkpoint latest.", self.step)
 
-    def _take_step(
-        self, batches: Iterator[dict], requested: Callable[[], bool]
-    ) -> tuple[dict[str, float], bool, bool]:
+    def _take_step(self, batches: Iterator[dict], requested: Callable[[], bool]) -> tuple[dict[str, float], bool, bool]:
         """One step of the optimizers.
 
         Returns: its numbers, averaged over processes; whether the time is over; whether the system asks to end.
@@ -233,7 +233,7 @@ class _Run:
         return dict(zip(sums, values, strict=True)), late > 0, requested > 0
 
     def _check_finite(self, numbers: dict[str, float], batch: dict[str, Tensor]) -> None:
-        """Raises FloatingPointError before a number that is none reaches the weights, and keeps the batch."""
+        """Raises FloatingPointError before NaN or infinity reaches the weights, and keeps the batch."""
         # In float16 gradients may overflow: the scaler then leaves the step out and scales less.
         scaled = self.accelerator.scaler is not None
         checked = {name: value for name, value in numbers.items() if name != "grad_norm" or not scaled}
@@ -285,6 +285,14 @@ def _averaged_weights(model: nn.Module, ema: EMAModel) -> Iterator[None]:
     finally:
         model.train()
         ema.restore(model.parameters())
+
+
+def _ignore_stop_requests(worker: int) -> None:
+    """Leaves the end of a loading process to the training process, which still needs it for the step at hand.
+
+    Batch systems send SIGTERM to all processes of a run.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -31,14 +31,23 @@ class Pictures(Protocol):
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, sorted by path.
+    """All image files below a folder, sorted by path. Links to folders are followed, to each folder once.
 
     Raises ValueError: no such folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a second link to it, or a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        paths += [Path(parent, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    paths.sort()
     if not paths:
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     return paths

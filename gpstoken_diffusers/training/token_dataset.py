@@ -247,6 +247,26 @@ class TokenDataset(Dataset):
         shard, row = self._locate(index)
         return read_shard_header(self._paths[shard]).names[row]
 
+    def use_classes(self, id2label: Mapping[int, str]) -> None:
+        """Number the classes as another dataset does, by their names.
+
+        Raises ValueError: an item's class is not among them.
+        """
+        if self.id2label == id2label:
+            return
+        numbers = {name: number for number, name in id2label.items()}
+        found = self.labels.unique().tolist()
+        strangers = [self.id2label[label] for label in found if self.id2label[label] not in numbers]
+        if strangers:
+            raise ValueError(
+                f"Expected items of the classes {', '.join(map(str, numbers))}, got {', '.join(strangers[:5])} in "
+                f"{self.folder}. Encode it with the same class folders as the data to train on."
+            )
+        renumbered = torch.zeros(max(found) + 1, dtype=torch.int64)
+        for label in found:
+            renumbered[label] = numbers[self.id2label[label]]
+        self.labels, self.id2label = renumbered[self.labels], dict(id2label)
+
     def layouts(self) -> Tensor:
         """The initial Gaussians of all items: (n, N, 5) float32."""
         return torch.cat([self._file(shard).get_tensor("initial_geometry") for shard in range(len(self._paths))])
@@ -308,9 +328,7 @@ def _other_version(version: Any) -> str:
     )
 
 
-def _check_layout(
-    path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
-) -> None:
+def _check_layout(path: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> None:
     """Raises ValueError, naming the file, unless these are the tensors of a shard."""
     texture = shapes.get("texture", ())
     num_items, num_tokens = texture[:2] if len(texture) == 3 else (0, 0)

@@ -90,7 +90,8 @@ def train_here(photographs: Path, output: Path, *more: object) -> None:
 
 
 def launch(photographs: Path, output: Path, *more: object, processes: int = 1, driver: Path | None = None):
-    """Starts the script as a user does, and returns the running process; `driver` runs in its place."""
+    """Starts the script as a user does, and returns the running process, which leads a process group of its own;
+    `driver` runs in the script's place."""
     # `accelerate launch` starts several CPU processes through MPI alone; torchrun does so without.
     if processes == 1:
         start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
@@ -100,12 +101,13 @@ def launch(photographs: Path, output: Path, *more: object, processes: int = 1, d
     if driver is not None:
         start = []
     command = [sys.executable, *start, str(driver or SCRIPT), *arguments(photographs, output, *more)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
-def train_apart(
-    photographs: Path, output: Path, *more: object, processes: int = 1, driver: Path | None = None
-) -> str:
+def train_apart(photographs: Path, output: Path, *more: object, processes: int = 1, driver: Path | None = None) -> str:
     """Runs the script in processes of its own, expects success, and returns what it wrote."""
     process = launch(photographs, output, *more, processes=processes, driver=driver)
     text, _ = process.communicate(timeout=300)

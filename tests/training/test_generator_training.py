@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import load_script
 
 from gpstoken_diffusers import (
     GPSTokenImageProcessor,
@@ -21,24 +22,24 @@ from gpstoken_diffusers import (
     partition_image,
 )
 from gpstoken_diffusers.training.flow_matching import FlowMatchingSamples, flow_matching_loss
-from gpstoken_diffusers.training.token_dataset import shard_path, write_index, write_shard
+from gpstoken_diffusers.training.token_dataset import TokenDataset, shard_path, write_index, write_shard
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "train"
 
 
-def made_up_dataset(folder: Path, count: int = 12) -> Path:
-    """Tokens of two classes whose textures differ, of pictures of 32 x 32 px in 6 tokens."""
+def made_up_dataset(folder: Path, names: tuple[str, ...] = ("calm", "loud"), count: int = 12) -> Path:
+    """Tokens of classes whose textures differ, of pictures of 32 x 32 px in 6 tokens."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
     initial = partition_image(images, 6).geometry
-    label = torch.arange(count) % 2
+    label = torch.arange(count) % len(names)
     texture = torch.randn(count, 6, 4, generator=generator) + 6 * label[:, None, None]
     geometry = initial.clone()
     geometry[..., :2] *= 1.1
     tensors = {"initial_geometry": initial, "geometry": geometry, "texture": texture, "label": label}
     write_shard(shard_path(folder, 0), tensors, [(f"{i}.png", 0) for i in range(count)], {})
-    description = {"id2label": {0: "calm", 1: "loud"}, "image_size": (32, 32), "autoencoder": {}}
+    description = {"id2label": dict(enumerate(names)), "image_size": (32, 32), "autoencoder": {}}
     write_index(folder, 1, description)
     return folder
 
@@ -221,6 +222,39 @@ def test_both_stages_make_a_pipeline(workplace, monkeypatch):
     assert pipe("loud", num_inference_steps=2, layout_num_inference_steps=2).images[0].size == (32, 32)
     # The tokenizer's folder is of use by itself.
     assert GPSTokenImageProcessor.from_pretrained(workplace / "pipeline" / "autoencoder").tile_size == 32
+
+
+@pytest.mark.parametrize("script, kind", [
+    ("train_texture", GPSTokenTransformerModel), ("train_layout", GPSTokenLayoutModel),
+])  # fmt: skip
+def test_a_pretrained_model_of_other_classes_starts_them_as_no_class(tmp_path, script, kind):
+    script = load_script(EXAMPLES / f"{script}.py")
+    extra = {"texture_channels": 4} if kind is GPSTokenTransformerModel else {}
+    before = kind(**TINY, **extra, num_tokens=6, num_classes=1).eval()
+    torch.nn.init.normal_(before.head.proj.weight)
+    torch.nn.init.normal_(before.blocks[0].modulation.weight, std=0.2)
+    before.save_pretrained(tmp_path / "model")
+    dataset = TokenDataset(made_up_dataset(tmp_path / "tokens", ("a", "b", "c")))
+    args = ["--train_dir", str(tmp_path / "tokens"), "--output_dir", "x", "--pretrained", str(tmp_path / "model")]
+    model = script.build_model(script.parse_args(args), dataset).eval()
+    assert model.config.num_classes == 3 and model.null_class == 3
+    labels = torch.arange(4)
+    layout = [dataset.layouts()[:4]] if extra else []
+    noisy, time = torch.randn(4, 6, 9 if extra else 4), torch.rand(4)
+    with torch.no_grad():
+        ours, expected = model(noisy, time, labels, *layout), before(noisy, time, torch.ones_like(labels), *layout)
+    torch.testing.assert_close(ours.sample, expected.sample)
+    assert not torch.allclose(before(noisy, time, torch.zeros_like(labels), *layout).sample, expected.sample)
+
+
+def test_validation_classes_are_matched_by_name(workplace, tmp_path):
+    other = TokenDataset(made_up_dataset(tmp_path / "other", ("loud", "calm")))
+    names = [other.id2label[label] for label in other.labels.tolist()]
+    other.use_classes({0: "calm", 1: "loud", 2: "none of them"})
+    assert [other.id2label[label] for label in other.labels.tolist()] == names and other[0]["label"] == 1
+    made_up_dataset(tmp_path / "strange", ("calm", "strange"))
+    failed = run("train_layout.py", workplace, "strange", "--validation_dir", tmp_path / "strange")
+    assert failed.returncode != 0 and "got strange in" in failed.stderr
 
 
 def test_a_missing_dataset_is_named(workplace):

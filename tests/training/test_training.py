@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -214,17 +215,18 @@ def test_unreadable_pictures_are_counted_and_listed(photographs, tmp_path, capsy
 
 
 def test_batch_systems_may_end_a_run(photographs, tmp_path):
-    """SIGTERM: the step is finished, a checkpoint and the model written, nothing validated, the exit status 0."""
+    """SIGTERM to all processes of a run, as they send it: the step is finished, a checkpoint and the model written,
+    nothing validated, the exit status 0."""
     output = tmp_path / "run"
     driver = tmp_path / "driver.py"
     driver.write_text(KILLS_ITSELF.format(tests=str(ROOT / "tests" / "support"), files=-1))
-    more = ("--max_train_steps", 100_000, "--checkpointing_steps", 5)
+    more = ("--max_train_steps", 100_000, "--checkpointing_steps", 5, "--num_workers", 2)
     process = launch(photographs, output, *more, driver=driver)
     deadline = time.monotonic() + 200
     while not (output / "checkpoint-5").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=100)
     assert process.returncode == 0, text[-2000:]
     assert "go on with --resume_from_checkpoint latest" in text
@@ -273,6 +275,22 @@ def test_a_launch_as_users_do_it(photographs, tmp_path):
 def test_a_missing_checkpoint_is_named(photographs, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         train_here(photographs, tmp_path / "run", "--resume_from_checkpoint", tmp_path / "absent")
+
+
+def test_a_folder_with_a_run_in_it_is_not_taken_for_another(photographs, tmp_path):
+    output = tmp_path / "run"
+    more = ("--max_train_steps", 6, "--checkpointing_steps", 2)
+    train_here(photographs, output, *more)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="got .*run with checkpoint-4.*--overwrite"):
+        train_here(photographs, output, *more, "--max_train_steps", 2)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    # Going back to an earlier checkpoint: the later one is of a run that did not happen.
+    train_here(photographs, output, *more, "--resume_from_checkpoint", "checkpoint-4", "--max_minutes", 0)
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-4", "checkpoint-5"]
+    train_here(photographs, output, *more, "--max_train_steps", 1, "--overwrite")
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-1"]
+    assert [row["step"] for row in curve(output)] == [1]
 
 
 def test_a_resumed_curve_forgets_what_will_come_again(tmp_path):

@@ -50,6 +50,14 @@ def as_arrays(pictures) -> list[np.ndarray]:
     return [np.asarray(pictures.load(index)) for index in range(len(pictures))]
 
 
+def test_linked_folders_are_followed_once(photographs, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for link, place in (("linked", photographs), ("again", photographs), ("back", folder)):
+        (folder / link).symlink_to(place, target_is_directory=True)
+    assert list_images(folder) == [folder / "again" / path.name for path in list_images(photographs)]
+
+
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
         list_images(tmp_path / "absent")
