@@ -175,7 +175,7 @@ def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
 
     monkeypatch.setattr(methods.diffusers.AutoencoderKL, "load_config", answer)
     for place, question in (("owner/name", ("owner/name", None)), ("owner/name/vae", ("owner/name", "vae"))):
-        with pytest.raises(OSError, match=f"no folder {place} here, .* Hub: no such repository$"):
+        with pytest.raises(OSError, match=f"no folder {place} here, .* not give one: no such repository$"):
             class_of(place)
         assert asked.pop() == question
 
