@@ -1,1 +1,1 @@
-"""What the training scripts in `examples/` share."""
+"""Trains networks: what the scripts in `examples/train/` share. It uses evaluation and no pipeline."""
