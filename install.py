@@ -1,10 +1,13 @@
 """Run by ComfyUI-Manager after a clone's requirements: builds the native libraries where there is a compiler.
 
-Nothing is downloaded, and a machine without a compiler is no error: plain PyTorch does the work then.
+Nothing is downloaded, and a machine without a compiler is no error: plain PyTorch does the work then. CMAKE_ARGS, if it
+is set, is passed on to CMake: `CMAKE_ARGS=-DGPSTOKEN_CUDA=OFF` leaves nvcc alone.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +27,7 @@ def main() -> None:
         ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         steps = (
-            [cmake, "-S", str(HERE), "-B", build, *generator],
+            [cmake, "-S", str(HERE), "-B", build, *generator, *shlex.split(os.environ.get("CMAKE_ARGS", ""))],
             [cmake, "--build", build, "--config", "Release"],
             [cmake, "--install", build, "--prefix", str(HERE / "gpstoken_diffusers")],
         )

@@ -1,7 +1,8 @@
 // The page's part of the node GPS Layout Editor: a widget that shows Gaussians and lets people edit them.
 //
-// What was done is the value of the node's widget `edits`, so that workflows carry it. What is shown comes with each
-// execution. ComfyUI imports every script of this folder; only this one registers anything.
+// The widget `edits` is the one truth: workflows carry its value, and the editor draws it. The editor writes to it only
+// when the user has done something, and reads it before; laying out, resizing or restoring a node never writes. What the
+// Gaussians are comes with each run. ComfyUI imports every script of this folder; only this one registers anything.
 
 import {api} from "../../scripts/api.js";
 import {app} from "../../scripts/app.js";
@@ -26,7 +27,7 @@ const STYLE = `
 .gps-layout { display: flex; flex-direction: column; gap: 6px; width: 100%; height: 100%; box-sizing: border-box;
     font: 12px/1.3 Inter, Arial, sans-serif; color: var(--input-text, #ddd); }
 [data-node-id] .gps-layout { min-height: ${VUE_HEIGHT}px; } /* Nodes 2.0 give a widget the height of what is in it */
-.gps-layout-tools { display: flex; gap: 4px; flex: none; }
+.gps-layout-tools { display: flex; flex-wrap: wrap; gap: 4px; flex: none; }
 .gps-layout-tools .gps-layout-gap { flex: 1; }
 .gps-layout button { display: inline-flex; align-items: center; gap: 5px; height: 26px; padding: 0 8px; font: inherit;
     color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); cursor: pointer; white-space: nowrap;
@@ -77,48 +78,48 @@ class LayoutEditor {
         this.state = new LayoutState();
         this._build();
         this.view = new LayoutView(this.canvas);
-        this.pointer = new LayoutPointer(this.view, this.state, (moving) => this._changed(moving));
+        this.pointer = new LayoutPointer(this.view, this.state, (moving) => this._write(moving));
         this.root.addEventListener("keydown", (event) => this._key(event));
         this._leaveToGraph();
         this.shown = null;
-        this._frame = 0;
-        this._full = true;
-        this._observer = new ResizeObserver(() => this._changed(false));
+        this._seen = ""; // the widget's text when it was last read or written
+        this._full = this._stale = true;
+        this._observer = new ResizeObserver(() => this._redraw());
         this._observer.observe(this.stage);
         this.widget = node.addDOMWidget("layout_editor", "GPS_LAYOUT_EDITOR", this.root, {
             serialize: false,
             hideOnZoom: false,
             getMinHeight: () => MIN_HEIGHT,
-            onDraw: () => this._look(),
         });
         this.widget.serialize = false;
-        this._look();
-        this._changed(false);
+        // The properties panel leaves its own width here, and the graph would keep to it.
+        Object.defineProperty(this.widget, "width", {get: () => undefined, set: () => {}});
+        const frame = () => {
+            this._frame = requestAnimationFrame(frame);
+            this._look();
+            this._draw();
+        };
+        frame();
     }
 
     /** Takes what the node has shown. */
     show(shown) {
         this.shown = shown;
         this.view.imageSize = shown.image_size;
-        this.state.setText(this.edits.value);
+        this._read();
         this.state.setTokens(shown.geometry, shown.canvas_size, shown.fingerprint);
-        const {background} = shown;
-        if (!background) this.view.background = null;
-        else {
+        this.view.background = null;
+        if (shown.background) {
+            // A temporary picture, gone after a restart: the ellipses are of use without it.
             const image = new Image();
             image.onload = () => {
                 if (this.shown !== shown) return;
                 this.view.background = image;
-                this._changed(false);
+                this._redraw();
             };
-            // A temporary picture, gone after a restart: the ellipses are of use without it.
-            image.onerror = () => {
-                if (this.shown === shown) this.view.background = null;
-                this._changed(false);
-            };
-            image.src = api.apiURL(`/view?${new URLSearchParams(background)}`);
+            image.src = api.apiURL(`/view?${new URLSearchParams(shown.background)}`);
         }
-        this._changed(false);
+        this._redraw();
     }
 
     remove() {
@@ -128,34 +129,56 @@ class LayoutEditor {
 
     // ---- what the page does ----
 
-    /** Called with each frame of the graph: zoom, text from outside, and outputs of before the node was made anew. */
+    /**
+     * Once a frame: text from outside, outputs of before the node was made anew, and zoom. Frames of our own, since
+     * Nodes 2.0 never call a widget's onDraw, and some ways of writing a widget's value call nothing of the widget.
+     */
     _look() {
-        if (this.edits.value !== this.state.text) {
-            this.pointer.cancel();
-            this.state.setText(this.edits.value);
-            this._changed(false);
-        }
-        const known = this.shown ? null : app.nodeOutputs?.[this.node.id]?.layout_editor?.[0];
+        this._takePlace();
+        this._read();
+        const known = this.shown ? null : app.nodeOutputs?.[locator(this.node)]?.layout_editor?.[0];
         if (known) this.show(known);
-        if (this.view.zoom !== this._zoom) this._changed(false);
+        if (this.view.zoom !== this._zoom) this._redraw();
     }
 
-    /** Draws soon, and tells the workflow what is new. */
-    _changed(moving) {
+    /** ComfyUI's undo makes nodes anew, and Nodes 2.0 then keep showing the widget of the node that is gone. */
+    _takePlace() {
+        if (this.root.isConnected || app.canvas?.graph !== this.node.graph) return;
+        document.querySelector(`[data-node-id="${CSS.escape(this.node.id)}"] .gps-layout`)?.replaceWith(this.root);
+    }
+
+    /** The widget's text becomes the state's. */
+    _read() {
+        if (this.edits.value === this._seen) return;
+        this._seen = this.edits.value;
+        this.pointer.forget();
+        this.state.setText(this._seen);
+        this._redraw();
+    }
+
+    /** The state's text becomes the widget's: after the user has done something, and only then. */
+    _write(moving = false) {
+        this._read(); // what came from outside in between goes first
+        this._redraw(moving);
+        if (this._seen === this.state.text) return;
+        this._seen = this.edits.value = this.state.text;
+        app.graph.setDirtyCanvas(true, true);
+        // Marks the workflow as changed; its own undo then knows of this change, too.
+        const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+        tracker?.captureCanvasState ? tracker.captureCanvasState() : tracker?.checkState?.();
+    }
+
+    _redraw(moving = false) {
+        this._stale = true;
         this._full ||= !moving;
-        this._frame ||= requestAnimationFrame(() => {
-            this._frame = 0;
-            this._zoom = this.view.zoom;
-            this.view.draw(this.state, this.pointer.hover, this.pointer.frame, this.pointer.box, !this._full);
-            this._full = false;
-        });
-        if (this.edits.value !== this.state.text) {
-            this.edits.value = this.state.text;
-            app.graph.setDirtyCanvas(true, true);
-            // Marks the workflow as changed; its own undo then knows of this change, too.
-            app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState();
-        }
         this._describe();
+    }
+
+    _draw() {
+        if (!this._stale) return;
+        this._zoom = this.view.zoom;
+        this.view.draw(this.state, this.pointer.hover, this.pointer.frame, this.pointer.box, !this._full);
+        this._full = this._stale = false;
     }
 
     _describe() {
@@ -188,6 +211,7 @@ class LayoutEditor {
 
     _act(what) {
         const {state} = this;
+        this._read();
         this.pointer.cancel();
         this.pointer.hover = null;
         if (what === "add") this._addCopies();
@@ -196,7 +220,7 @@ class LayoutEditor {
         if (what === "redo") state.redo();
         if (what === "reset") state.reset();
         if (what === "adopt") state.adopt();
-        this._changed(false);
+        this._write();
     }
 
     /** Copies of the selection beside it; without one, of the token nearest to the middle. */
@@ -231,18 +255,19 @@ class LayoutEditor {
 
     _selectAll() {
         if (this.state.editable) this.state.selected = new Set(this.state.items);
-        this._changed(false);
+        this._redraw();
     }
 
     _escape() {
         if (!this.pointer.cancel()) this.state.selected = new Set();
-        this._changed(false);
+        this._redraw();
     }
 
     _nudge(key, px) {
         const dx = {arrowleft: -px, arrowright: px}[key] ?? 0, dy = {arrowup: -px, arrowdown: px}[key] ?? 0;
+        this._read();
         this.state.nudge(dx, dy);
-        this._changed(false);
+        this._write();
     }
 
     // ---- making it ----
@@ -278,6 +303,7 @@ class LayoutEditor {
         this.root.append(tools, this.stage, status);
         // Focus stays where the keys are.
         this.canvas.addEventListener("pointerdown", () => this.keyboard.focus({preventScroll: true}));
+        this.root.addEventListener("pointerdown", () => this._read(), {capture: true});
         this.canvas.addEventListener("mousedown", (event) => event.preventDefault());
         this.root.addEventListener("contextmenu", (event) => event.preventDefault());
     }
@@ -307,6 +333,12 @@ class LayoutEditor {
         this.root.addEventListener("pointermove", middle("processMouseMove", (event) => event.buttons & 4));
         this.root.addEventListener("pointerup", middle("processMouseUp", (event) => event.button === 1));
     }
+}
+
+/** What outputs are kept under: the node's id, and before it the subgraph's where it lies in one. */
+function locator(node) {
+    const {graph} = node;
+    return !graph?.rootGraph || graph === graph.rootGraph ? String(node.id) : `${graph.id}:${node.id}`;
 }
 
 function chain(node, method, added) {

@@ -54,6 +54,11 @@ export class LayoutPointer {
         return true;
     }
 
+    /** Lets go of Gaussians that are no longer there. */
+    forget() {
+        this.drag = this.hover = null;
+    }
+
     _down(event) {
         if (event.button !== 0 || !this.state.editable) return;
         event.preventDefault();

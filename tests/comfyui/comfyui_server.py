@@ -27,6 +27,7 @@ NODE_FOLDER = "gpstoken_diffusers"
 
 _START_SECONDS = 180  # some ten on an idle machine
 _STOP_SECONDS = 15
+_NO_CUDA = {"CMAKE_ARGS": "-DGPSTOKEN_CUDA=OFF"}  # the server runs on the CPU, and nvcc takes minutes
 
 # Reads until the pipe from the test process closes, however that ended, then ends the server's process group.
 _WATCHER = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
@@ -50,6 +51,7 @@ class ComfyUIServer(ComfyUIClient):
             each line of requirements.txt and install.py. "pip": the wheel, then `gpstoken_diffusers comfyui install`.
             None: they do not.
         nodes: further files for custom_nodes: path and text.
+        frontend: a folder with another version of ComfyUI's page; None serves the version that came with the server.
 
     Attributes:
         base: the folder with custom_nodes, input, models, output, temp and user.
@@ -61,9 +63,13 @@ class ComfyUIServer(ComfyUIClient):
     """
 
     def __init__(
-        self, install: ServerInstall, way: Literal["clone", "pip"] | None, nodes: Mapping[str, str] | None = None
+        self,
+        install: ServerInstall,
+        way: Literal["clone", "pip"] | None,
+        nodes: Mapping[str, str] | None = None,
+        frontend: Path | None = None,
     ):
-        self.install, self.way, self.nodes = install, way, nodes or {}
+        self.install, self.way, self.nodes, self.frontend = install, way, nodes or {}, frontend
         self.folder = self.process = None
 
     def __enter__(self) -> ComfyUIServer:
@@ -140,7 +146,7 @@ class ComfyUIServer(ComfyUIClient):
     def _run_ours(self, *arguments: str, folder: Path) -> None:
         """Our own commands: if one fails, something is broken, not missing."""
         try:
-            run([self.python, *arguments], folder=folder)
+            run([self.python, *arguments], folder=folder, environment=clean_environment(**_NO_CUDA))
         except Unobtainable as error:
             raise RuntimeError(f"{error} (all that it printed is above)") from None
 
@@ -158,6 +164,7 @@ class ComfyUIServer(ComfyUIClient):
         command = [self.python, "-u", "main.py", "--cpu", "--port", port, "--listen", "127.0.0.1"]
         command += ["--base-directory", self.base, "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
         command += ["--disable-api-nodes", "--disable-auto-launch"]
+        command += ["--front-end-root", self.frontend] if self.frontend else []
         with open(self.folder / "server.log", "wb") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
@@ -203,8 +210,7 @@ def built_wheel(install: ServerInstall) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     python = install.make_environment(folder / "venv")
     command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, CHECKOUT]
-    # The server runs on the CPU, and nvcc takes minutes.
-    run(command, environment=clean_environment(CMAKE_ARGS="-DGPSTOKEN_CUDA=OFF"))
+    run(command, environment=clean_environment(**_NO_CUDA))
     (wheel,) = folder.glob("*.whl")
     return wheel
 

