@@ -1,4 +1,4 @@
-"""No edit of the Layout Editor is ever lost, whatever ComfyUI does to the node, in each of the pages that people have."""
+"""No edit of the Layout Editor is ever lost, whatever ComfyUI does to the node, in any page that people have."""
 
 from __future__ import annotations
 
