@@ -140,3 +140,15 @@ def test_no_pickle_is_ever_loaded():
                 if name != "layouts.official_pickle":
                     assert called not in {("pickle", "Unpickler"), ("pickle", "_Unpickler")}, name
                 assert called not in {("pickle", "load"), ("pickle", "loads"), ("torch", "load")}, name
+
+
+def test_version_and_requirements_are_said_alike_everywhere():
+    """pyproject.toml is read by pip, `__version__` at run time, requirements.txt by ComfyUI-Manager."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert run_fresh("import gpstoken_diffusers; print(gpstoken_diffusers.__version__)").strip() == project["version"]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for_nodes = {line for line in lines if line and not line.startswith(("#", "cmake", "ninja"))}
+    # ComfyUI brings these itself; naming torch would replace its own.
+    comfyuis = ("numpy", "pillow", "torch", "torchvision")
+    assert for_nodes == {line for line in project["dependencies"] if not line.startswith(comfyuis)}
