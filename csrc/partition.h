@@ -1,10 +1,10 @@
-// How complex a region is, on the CPU: the entropy of the magnitudes of its gradients. The definition is
+// How complex a region is, on the CPU: the entropy of the magnitudes of its gradients. The reference is
 // gradient_entropy in gpstoken_diffusers/ops/partition_reference.py; here is what it shares with the fast loops of
 // partition_cpu_kernel.h.
 //
 // Only the bin of each magnitude matters, so the loops compute magnitudes in float32, in whatever order is fast, and
-// leave those that lie too near a bin's edge to exact_bin(), which repeats the definition's arithmetic. The counts,
-// and with them the complexities, are therefore the definition's, bit for bit, on every instruction set.
+// leave those that lie too near a bin's edge to exact_bin(), which repeats the reference's arithmetic. The counts,
+// and with them the complexities, are therefore the reference's, bit for bit, on every instruction set.
 #pragma once
 
 #include <algorithm>
@@ -115,12 +115,12 @@ struct Scratch {
     int counts[kBins];
 };
 
-// One rounding to float32, as in the definition: the product is exact in float64.
+// One rounding to float32, as in the reference: the product is exact in float64.
 inline float blend(float lower, float upper, float weight) {
     return static_cast<float>(lower + static_cast<double>(upper - lower) * weight);
 }
 
-// The bin of the sample in row i and column j, by the definition's own arithmetic.
+// The bin of the sample in row i and column j, by the reference's own arithmetic.
 inline uint8_t exact_bin(const View& view, int i, int j) {
     double sample[3][3];
     for (int y = 0; y < 3; ++y) {

@@ -1,6 +1,6 @@
 // The user's bias on the GPU: for each pixel the sum of all above and left of it, itself included, in float64.
 //
-// Floating-point sums depend on their order, so it is that of the definition: along each row from the left, then down
+// Floating-point sums depend on their order, so it is that of the reference: along each row from the left, then down
 // each column. One thread per row, then one per column.
 #pragma once
 

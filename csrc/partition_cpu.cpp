@@ -1,6 +1,6 @@
 // gpstoken_partition_cpu: entropy-driven partition of grey images into regions, an image per thread.
 //
-// The definition is gpstoken_diffusers/ops/partition_reference.py; regions and order are the same, bit for bit.
+// The reference is gpstoken_diffusers/ops/partition_reference.py; regions and order are the same, bit for bit.
 // partition_shared.h has the rules, partition.h and partition_cpu_kernel.h measure one region; here is the list of
 // regions and how it grows.
 #include <algorithm>
@@ -196,7 +196,7 @@ class Partitioner {
         for (size_t i = 0; i < unit_.size(); ++i) unit_[i] = (grey[i] + 1.0f) * 0.5f;
         table_.clear();
         if (bias == nullptr) return;
-        // Sums above and left of each pixel corner, added along rows first as in the definition.
+        // Sums above and left of each pixel corner, added along rows first as in the reference.
         const int64_t stride = settings_.width + 1;
         table_.assign(stride * (settings_.height + 1), 0.0);
         for (int64_t y = 0; y < settings_.height; ++y) {
@@ -235,7 +235,7 @@ class Partitioner {
                    : in_y;
     }
 
-    // The list as the definition leaves it: sorted before the last split, whose halves come at the end.
+    // The list as the reference leaves it: sorted before the last split, whose halves come at the end.
     void write(int32_t* out) {
         order_.clear();
         const size_t sorted = regions_.size() > 1 ? regions_.size() - 2 : 0;

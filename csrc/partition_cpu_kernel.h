@@ -2,7 +2,7 @@
 // with
 //   GPSTOKEN_TARGET        the function attribute that switches the instruction set on (may be empty)
 //   GPSTOKEN_FMA(a, b, c)  a * b + c, fused if the instruction set can do that (the compiler itself is told to fuse
-//                          nothing in this file, to keep the definition's roundings)
+//                          nothing in this file, to keep the reference's roundings)
 //   GPSTOKEN_VECTOR_BYTES  bytes per vector register, 0 for one that is not known to compare many bytes at a time
 // No include guard, therefore. Most loops are plain: compilers turn them into vector code.
 //
@@ -61,9 +61,9 @@ GPSTOKEN_TARGET inline void filter_rows(const View& view, Scratch& scratch) {
 template <int kTaps>
 GPSTOKEN_TARGET inline void find_bins(const Axis& down, Scratch& scratch) {
     constexpr float kBinsPerUnit = static_cast<float>(1.0 / kBinWidth);
-    // How far, in bins, a position computed here may be from the definition's. All values lie in [0, 1], partial sums
+    // How far, in bins, a position computed here may be from the reference's. All values lie in [0, 1], partial sums
     // of a gradient below 4, so a rounding errs by 1.2e-7 at most. Following the worst case through both
-    // computations: 3.5e-6 in the magnitude here and 1.4e-6 in the definition for three taps, 5.1e-6 and 1.4e-6 for
+    // computations: 3.5e-6 in the magnitude here and 1.4e-6 in the reference for three taps, 5.1e-6 and 1.4e-6 for
     // six, times 46.5 bins.
     constexpr float kError = kTaps == 3 ? 2.5e-4f : 4e-4f;
     // Two Newton steps from the first guess leave 4.8e-6 of the square root; the rest is for the roundings on the

@@ -1,11 +1,11 @@
 // How complex regions are, on the GPU: a block of threads measures up to four of them.
 //
 // As on the CPU (partition.h), all that matters of a gradient's magnitude is its bin, so magnitudes are computed in
-// float32 and the few that lie too near a bin's edge again as the definition does it. What comes before needs no such
-// care: samples are the definition's own bits. Grey values map to multiples of 2^-25 in [0, 1] and weights are
-// multiples of 1/128, so the definition's float64 sums before its roundings to float32 are exact, and a fused
+// float32 and the few that lie too near a bin's edge again as the reference does it. What comes before needs no such
+// care: samples are the reference's own bits. Grey values map to multiples of 2^-25 in [0, 1] and weights are
+// multiples of 1/128, so the reference's float64 sums before its roundings to float32 are exact, and a fused
 // multiply-add in float32 rounds the same numbers. Differences and sums of samples, which are multiples of 2^-39, are
-// exact in float64, in any order. What comes after is integers (counts), and float64 in the definition's own order.
+// exact in float64, in any order. What comes after is integers (counts), and float64 in the reference's own order.
 //
 // Nothing here belongs to the host: nvcc, NVRTC and a plain C++17 compiler (tests/emulation) take it.
 #pragma once
@@ -89,7 +89,7 @@ __device__ __forceinline__ float rough_root(float value) {
 #endif
 }
 
-// The definition's own arithmetic: each operation is rounded by itself, the products above all.
+// The reference's own arithmetic: each operation is rounded by itself, the products above all.
 __device__ __forceinline__ int exact_bin(const float (&sample)[kSamples][kSamples], int row, int column) {
     const int above = max(row - 1, 0), below = min(row + 1, kSamples - 1);
     const int left = max(column - 1, 0), right = min(column + 1, kSamples - 1);
@@ -111,7 +111,7 @@ __device__ __forceinline__ int exact_bin(const float (&sample)[kSamples][kSample
 template <int kThreads>
 __device__ __forceinline__ void count_bins(const float (&sample)[kSamples][kSamples], int (&counts)[kBins]) {
     constexpr float kBinsPerUnit = static_cast<float>(1.0 / kBinWidth);
-    // How far, in bins, a position computed here may be from the definition's. Samples are exact and in [0, 1]. The
+    // How far, in bins, a position computed here may be from the reference's. Samples are exact and in [0, 1]. The
     // float32 roundings of the two sums are below 4.8e-7 and 3.0e-7, 46.5 bins per unit make 2.7e-5 of that; squares,
     // root and products err by less than 3.6e-7 of the result.
     constexpr float kError = 5e-5f, kRelativeError = 1e-6f;

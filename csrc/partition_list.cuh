@@ -109,7 +109,7 @@ __device__ __forceinline__ void sort(Entry* entries, int size) {
     __syncthreads();
 }
 
-// The list as the definition leaves it: sorted before the last cut, whose halves come at the end.
+// The list as the reference leaves it: sorted before the last cut, whose halves come at the end.
 __device__ __forceinline__ void write_tokens(const PartitionList& args, long long image, const ListedRegion* list,
                                              Entry* entries) {
     const int made = 2 * args.tokens - 1, sorted = max(made - 2, 0);

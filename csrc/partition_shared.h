@@ -1,4 +1,4 @@
-// The rules of the partition that the CPU and CUDA libraries share, to the last bit. The definition is
+// The rules of the partition that the CPU and CUDA libraries share, to the last bit. The reference is
 // gpstoken_diffusers/ops/partition_reference.py.
 //
 // Regions compete by their complexities, and symmetric pictures make many of these equal or all but equal, so the
@@ -12,7 +12,7 @@
 namespace gpstoken {
 
 constexpr int kSamples = 64;              // a region is resampled to 64 x 64
-constexpr int kBins = 256;                // the upper half of the definition's 512: no magnitude is negative
+constexpr int kBins = 256;                // the upper half of the reference's 512: no magnitude is negative
 constexpr double kBinWidth = 11.0 / 512;  // exact, as are all edges
 
 struct Box {
@@ -41,7 +41,7 @@ GPSTOKEN_INLINE bool square_is_cut_along_x(double left, double right, double top
     return (right < left ? right : left) < (bottom < top ? bottom : top);
 }
 
-// A region's place in the order in which the definition would pick it: complexity, then place in the list. Sorting the
+// A region's place in the order in which the reference would pick it: complexity, then place in the list. Sorting the
 // list stably again and again never changes the order of equals, and new regions always come last, so the order in
 // which regions were made decides among equals.
 GPSTOKEN_INLINE bool comes_first(double complexity, int64_t index, double other_complexity, int64_t other_index) {

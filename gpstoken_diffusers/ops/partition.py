@@ -87,9 +87,10 @@ def max_tokens(height: int, width: int, min_region_size: int = 8) -> int:
     """The largest number of tokens that a height x width image can be divided into.
 
     The longer side of a region, of n pixels, is halved while n - 1 > min_region_size. How many regions that
-    gives depends neither on the picture nor on the order: it could do so only where a square is cut along one
-    axis or the other, but the halves of these two cuts are each other's transposes, and the rule treats both
-    axes alike. ValueError for an image side or a min_region_size below 2 px.
+    gives depends neither on the picture nor on the order. Only a square leaves a choice, and its two cuts give
+    transposes of each other, which divide further in the same way.
+
+    ValueError for an image side or a min_region_size below 2 px.
     """
     if min(height, width) < SMALLEST_SIDE:
         raise _too_small(height, width)
@@ -179,7 +180,7 @@ def partition_image(
     if bias is not None:
         bias = bias.expand(grey.shape).float().contiguous()
         if _readable(bias) and not bias.isfinite().all():
-            raise ValueError("complexity_bias or importance_strength is too large for float32.")
+            raise ValueError("complexity_bias, importance_strength: expected sums within float32, got infinity.")
 
     min_region_size = min(min_region_size, max(height, width))  # the same, and it fits the C interface's int
     regions = _regions(grey, num_tokens, min_region_size, float(entropy_exponent), bias)

@@ -131,7 +131,7 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert later.build(*ROWS, H100) == built and later.build(*ROWS, H100) == built
     assert first.asked == [ROWS[1]] and later.asked == []
 
-    # What is not as it was stored is compiled again, and mended.
+    # A damaged file is compiled again and replaced.
     content = path.read_bytes()
     half = len(content) // 2
     flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
@@ -142,7 +142,7 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert path.read_bytes() == content
     assert len(caplog.records) == len(damaged) and "damaged" in caplog.text
 
-    # A file under another's name is not what it says.
+    # A file under another's name is refused.
     columns = ROWS[0], ROWS[1].replace("rows", "columns"), ROWS[2]
     other = later.build(*columns, H100)
     (other_path,) = set(tmp_path.iterdir()) - {path}

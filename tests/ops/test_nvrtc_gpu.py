@@ -38,7 +38,7 @@ def test_gpu_splatting(real_kernels: RunTimeKernels, case: str) -> None:
 
 
 def test_gpu_partition(real_kernels: RunTimeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition's regions, to the last one."""
+    """The reference's regions, to the last one."""
     monkeypatch.setattr(native, "library", lambda kind: real_kernels)
     grey = picture(8, 128, 96)
     for bias in (None, noise(8, 128, 96) * 3):

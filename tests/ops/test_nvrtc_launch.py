@@ -62,7 +62,7 @@ def fake(driver_path: Path) -> ctypes.CDLL:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Lets torch believe in a GPU, as far as launching a kernel asks for it."""
+    """Answers what launching a kernel asks of torch.cuda."""
     state = SimpleNamespace(device=0, capturing=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -107,14 +107,14 @@ def partition_on_host(kernels: RunTimeKernels, monkeypatch: pytest.MonkeyPatch) 
 
 
 def cpu_regions(grey: torch.Tensor, tokens: int, bias: torch.Tensor | None) -> torch.Tensor:
-    """The definition's."""
+    """The reference's."""
     arrays = grey.numpy(), tokens, 4, 2.5, None if bias is None else bias.numpy()
     return torch.from_numpy(partition_image_reference(*arrays))
 
 
 @pytest.mark.usefixtures("partition_on_host")
 def test_partition(fake: ctypes.CDLL) -> None:
-    """Four kernels, some after the other: the definition's regions, and everything on the caller's stream."""
+    """Four kernels, some after the other: the reference's regions, and everything on the caller's stream."""
     grey = picture(2, 40, 50)
     for bias in (None, noise(2, 40, 50) * 3):
         found, _ = partition_on_cuda(grey, 20, 4, 2.5, bias)

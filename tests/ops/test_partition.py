@@ -1,11 +1,6 @@
-"""The partition: golden regions, the native library against its definition, and the rules of cutting."""
+"""The partition: golden regions, the native library against its reference, and the rules of cutting."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +9,7 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_judge import noise
+from package_process import run_code_on
 from partition_cases import KINDS, pattern
 from safetensors.numpy import load_file
 
@@ -37,7 +33,7 @@ def goldens() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def backend(request, monkeypatch) -> str:
-    """Runs a test on the native library or on the definition."""
+    """Runs a test on the native library or on the reference."""
     if request.param == "reference":
         monkeypatch.setenv(native.BACKEND_VARIABLE, "reference")
     elif native.library("cpu") is None:
@@ -130,7 +126,7 @@ def test_golden_complexity(goldens, name, exponent):
     np.testing.assert_allclose(region_complexity(grey, regions, exponent), expected, rtol=1e-12)
 
 
-# ---- the native library against the definition ----
+# ---- the native library against the reference ----
 
 
 sides = st.one_of(st.sampled_from((8, 16, 32, 64, 128)), st.integers(2, 140))
@@ -138,7 +134,7 @@ sides = st.one_of(st.sampled_from((8, 16, 32, 64, 128)), st.integers(2, 140))
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_native_equals_definition(data):
+def test_native_equals_reference(data):
     if native.library("cpu") is None:
         pytest.skip(native.why_missing("cpu"))
     height = data.draw(sides, "height")
@@ -161,40 +157,26 @@ def test_native_equals_definition(data):
     assert np.array_equal(found.regions.numpy(), expected)
 
 
-@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
-def test_every_instruction_set(needs_library, tmp_path, isa):
-    """One process each, since a process settles on one; without torch, so that it starts fast."""
-    kinds = [pattern(kind, 96, 130, seed) for seed, kind in enumerate(KINDS)]
-    kinds += [pattern(kind, 64, 64, seed) for seed, kind in enumerate(KINDS)]
-    expected = []
-    for i, grey in enumerate(kinds):
-        np.save(tmp_path / f"grey{i}.npy", grey)
-        expected.append(partition_image_reference(grey, 40, 4, 2.5).tolist())
-    script = """
-import ctypes, json, sys
-import numpy as np
-library, folder, count = ctypes.CDLL(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-pointer, size = ctypes.c_void_p, ctypes.c_int64
-partition = library.gpstoken_partition_cpu
-partition.argtypes = [pointer] * 3 + [size] * 4 + [ctypes.c_int, ctypes.c_double, ctypes.c_int]
-library.gpstoken_cpu_isa.restype = ctypes.c_char_p
-found = []
-for i in range(count):
-    grey = np.load(f"{folder}/grey{i}.npy")
-    regions = np.empty((1, 40, 4), np.int32)
-    code = partition(grey.ctypes.data, None, regions.ctypes.data, *grey.shape, 40, 4, 2.5, 1)
-    assert code == 0, code
-    found.append(regions.tolist())
-print(json.dumps([library.gpstoken_cpu_isa().decode(), found]))
+ONE_INSTRUCTION_SET = """
+from partition_cases import KINDS, pattern
+from gpstoken_diffusers.ops.backend import native
+from gpstoken_diffusers.ops.partition import partition_image
+from gpstoken_diffusers.ops.partition_reference import partition_image_reference
+for seed, kind in enumerate(KINDS):
+    for size in ((96, 130), (64, 64)):
+        grey = pattern(kind, *size, seed)
+        found = partition_image(grey, 40, min_region_size=4).regions.numpy()
+        assert (found == partition_image_reference(grey, 40, 4)).all(), (kind, size)
+print(native.library("cpu").gpstoken_cpu_isa().decode())
 """
-    library = native.library("cpu")._name
-    command = [sys.executable, "-c", script, library, str(tmp_path), str(len(kinds))]
-    environment = {**os.environ, "GPSTOKEN_CPU_ISA": isa}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    used, found = json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"))
+def test_every_instruction_set(needs_library, isa):
+    """One process each, since a process settles on one."""
+    used = run_code_on(isa, ONE_INSTRUCTION_SET)
     if used != isa:
-        pytest.skip(f"this processor has no {isa}")
-    assert found == expected
+        pytest.skip(f"this processor has no {isa}; {used} was tested in its place")
 
 
 def test_threads_do_not_matter(needs_library):

@@ -78,7 +78,7 @@ def emulated(emulated_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> 
 def on_cpu(
     grey: torch.Tensor, num_tokens: int, min_region_size: int, exponent: float = 2.5, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The CPU library's regions; the definition's without it."""
+    """The CPU library's regions; the reference's without it."""
     options = num_tokens, min_region_size, exponent
     if native.library("cpu") is None:
         expected = partition_image_reference(grey.numpy(), *options, None if bias is None else bias.numpy())
@@ -148,7 +148,7 @@ def test_sizes(
 
 
 @pytest.mark.parametrize(("height", "width"), ((2, 2), (13, 21), (40, 9), (70, 130)))
-def test_bias_is_added_up_in_the_order_of_the_definition(emulated: ctypes.CDLL, height: int, width: int) -> None:
+def test_bias_is_added_up_in_the_order_of_the_reference(emulated: ctypes.CDLL, height: int, width: int) -> None:
     """Each complexity to the last bit, though the bias is a thousand times as large as the rest."""
     grey, bias = noise(2, height, width), noise(2, height, width, seed=1) * 1e4
     num_tokens = min(max_tokens(height, width, 3), 30)
@@ -157,16 +157,6 @@ def test_bias_is_added_up_in_the_order_of_the_definition(emulated: ctypes.CDLL, 
     for i in range(2):
         expected = region_complexity(grey[i].numpy(), found[i].numpy(), bias=bias[i].numpy())
         assert np.array_equal(complexity[i].numpy(), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_definition(emulated: ctypes.CDLL, kind: str) -> None:
-    picture = mirrored(pattern(kind, 75, 75, 1))
-    bias = random_bias("noise", picture.shape, 0)
-    for used in (None, bias):
-        found, _ = partition_on_cuda(torch.from_numpy(picture), 30, 4, 2.5, used)
-        expected = partition_image_reference(picture, 30, 4, bias=None if used is None else used.numpy())
-        assert np.array_equal(found.numpy(), expected)
 
 
 @pytest.mark.parametrize("num_tokens", (64, 256))

@@ -174,7 +174,7 @@ def test_bad_input(arguments, settings, error, words):
 def test_bias_beyond_float32():
     bias = torch.zeros(32, 32, dtype=torch.float64)
     bias[0, 0] = 1e300
-    with pytest.raises(ValueError, match="too large"):
+    with pytest.raises(ValueError, match="within float32"):
         partition_image(GOOD, 4, complexity_bias=bias)
 
 
