@@ -34,8 +34,11 @@ int gpstoken_abi_version(void) { return GPSTOKEN_ABI_VERSION; }
 
 const char* gpstoken_cpu_isa(void) {
     switch (gpstoken::best_isa()) {
-        case gpstoken::Isa::kAvx512: return "avx512";
-        case gpstoken::Isa::kAvx2: return "avx2";
-        default: return "baseline";
+        case gpstoken::Isa::kAvx512:
+            return "avx512";
+        case gpstoken::Isa::kAvx2:
+            return "avx2";
+        default:
+            return "baseline";
     }
 }

@@ -13,10 +13,17 @@ template <class Run>
 int run_for_dtype(int dtype, const Run& run) {
     try {
         switch (dtype) {
-            case GPSTOKEN_FLOAT32: run(float{}); return GPSTOKEN_OK;
-            case GPSTOKEN_FLOAT16: run(Float16{}); return GPSTOKEN_OK;
-            case GPSTOKEN_BFLOAT16: run(BFloat16{}); return GPSTOKEN_OK;
-            default: return GPSTOKEN_UNSUPPORTED_DTYPE;
+            case GPSTOKEN_FLOAT32:
+                run(float{});
+                return GPSTOKEN_OK;
+            case GPSTOKEN_FLOAT16:
+                run(Float16{});
+                return GPSTOKEN_OK;
+            case GPSTOKEN_BFLOAT16:
+                run(BFloat16{});
+                return GPSTOKEN_OK;
+            default:
+                return GPSTOKEN_UNSUPPORTED_DTYPE;
         }
     } catch (const std::exception&) {  // bad_alloc, length_error
         return GPSTOKEN_OUT_OF_MEMORY;

@@ -1,8 +1,8 @@
 /* The C interface of the native libraries: plain pointers and sizes, no torch, no C++ types.
  *
  * libgpstoken_cpu, libgpstoken_cuda and libgpstoken_nvrtc export the functions below;
- * gpstoken_diffusers/ops/backend/native.py loads them with ctypes. Raise GPSTOKEN_ABI_VERSION whenever a signature or the
- * meaning of an argument changes, here and in native.py: a library of another version is refused instead of called
+ * gpstoken_diffusers/ops/backend/native.py loads them with ctypes. Raise GPSTOKEN_ABI_VERSION whenever a signature or
+ * the meaning of an argument changes, here and in native.py: a library of another version is refused instead of called
  * wrongly.
  *
  * Conventions
@@ -53,8 +53,7 @@ GPSTOKEN_API const char* gpstoken_cpu_isa(void);
 
 /* out (B, C, H, W) = sum over tokens of weight * texture; see splat.h for the weight. */
 GPSTOKEN_API int gpstoken_splat_forward_cpu(const float* geometry, const void* texture, void* out, int64_t B, int64_t N,
-                                            int64_t C, int64_t H, int64_t W, float support, int dtype,
-                                            int num_threads);
+                                            int64_t C, int64_t H, int64_t W, float support, int dtype, int num_threads);
 
 /* Gradients of sum(out * grad_out) with the boxes held fixed. */
 GPSTOKEN_API int gpstoken_splat_backward_cpu(const float* geometry, const void* texture, const void* grad_out,
@@ -104,8 +103,8 @@ GPSTOKEN_API int gpstoken_group_norm_cpu(const void* x, const float* mean, const
                                          const float* weight, const float* bias, void* out, int64_t B, int64_t H,
                                          int64_t W, int64_t C, int64_t G, int silu, int dtype, int num_threads);
 
-/* out = (x - mean) / (max(std, floor) + eps) * weight + bias with floor (B, G) and mean and std (B, H, cols, G), between
- * whose columns tiles and shares (W, 4) interpolate: which four count for a column of pixels, and how much. */
+/* out = (x - mean) / (max(std, floor) + eps) * weight + bias with floor (B, G) and mean and std (B, H, cols, G),
+ * between whose columns tiles and shares (W, 4) interpolate: which four count for a column of pixels, and how much. */
 GPSTOKEN_API int gpstoken_tile_norm_cpu(const void* x, const float* mean, const float* std, const float* floor,
                                         const int32_t* tiles, const float* shares, const float* weight,
                                         const float* bias, void* out, int64_t B, int64_t H, int64_t W, int64_t C,
@@ -125,8 +124,8 @@ GPSTOKEN_API int gpstoken_splat_forward_cuda(const float* geometry, const void* 
                                              void* stream);
 
 GPSTOKEN_API int gpstoken_splat_backward_cuda(const float* geometry, const void* texture, const void* grad_out,
-                                              float* grad_geometry, void* grad_texture, int64_t B, int64_t N,
-                                              int64_t C, int64_t H, int64_t W, float support, int dtype, void* stream);
+                                              float* grad_geometry, void* grad_texture, int64_t B, int64_t N, int64_t C,
+                                              int64_t H, int64_t W, float support, int dtype, void* stream);
 
 /* Partition: the regions of gpstoken_partition_cpu, and complexity (B, N), that of each region, unless NULL.
  * terms: what gpstoken_partition_terms_cuda fills in (in host memory, 4097 doubles), copied to the device.

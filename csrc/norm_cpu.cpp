@@ -1,6 +1,6 @@
-// Normalisation of channel-last maps on the CPU, with SiLU behind it: over the channels of each pixel, or over groups of
-// channels of a whole image. Threads take blocks of pixels whose sums are added in a fixed order, so that results do not
-// depend on the number of threads.
+// Normalisation of channel-last maps on the CPU, with SiLU behind it: over the channels of each pixel, or over groups
+// of channels of a whole image. Threads take blocks of pixels whose sums are added in a fixed order, so that results do
+// not depend on the number of threads.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -38,12 +38,15 @@ struct Kernels {
     decltype(&baseline::channel_norm_backward_rows<T, true>) channel_norm_backward_rows;
 };
 
-#define GPSTOKEN_NORM_KERNELS(isa)                                                                               \
-    {                                                                                                            \
-        isa::pixel_norm_rows<T, kSilu>, isa::pixel_norm_backward_rows<T, kSilu>, isa::add_pixels<T>,             \
-            isa::add_moments, isa::channel_norm_rows<T, kSilu>, isa::tile_norm_row<T, kSilu>,                    \
-            isa::channel_norm_sums<T, kSilu>, isa::channel_norm_backward_rows<T, kSilu>                          \
-    }
+#define GPSTOKEN_NORM_KERNELS(isa)            \
+    {isa::pixel_norm_rows<T, kSilu>,          \
+     isa::pixel_norm_backward_rows<T, kSilu>, \
+     isa::add_pixels<T>,                      \
+     isa::add_moments,                        \
+     isa::channel_norm_rows<T, kSilu>,        \
+     isa::tile_norm_row<T, kSilu>,            \
+     isa::channel_norm_sums<T, kSilu>,        \
+     isa::channel_norm_backward_rows<T, kSilu>}
 
 template <class T, bool kSilu>
 Kernels<T> best_kernels() {
@@ -65,7 +68,9 @@ constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kPixelsPerBlock = 64;  // of 512 channels: what fits the second-level cache
 
 int64_t blocks_of(int64_t pixels) { return divide_up(pixels, kPixelsPerBlock); }
-int64_t block_size(int64_t block, int64_t pixels) { return std::min(kPixelsPerBlock, pixels - block * kPixelsPerBlock); }
+int64_t block_size(int64_t block, int64_t pixels) {
+    return std::min(kPixelsPerBlock, pixels - block * kPixelsPerBlock);
+}
 
 // Values per channel, padded with zeros.
 Buffer padded_copy(const float* values, int64_t C, int64_t padded) {
@@ -215,8 +220,8 @@ void group_norm(const T* x, const float* mean, const float* inverse_std, const f
 // column of pixels.
 template <class T>
 void tile_norm(const T* x, const float* mean, const float* std, const float* floor, const int32_t* tiles,
-               const float* shares, const float* weight, const float* bias, T* out, const Sizes& s, float eps, bool silu,
-               int num_threads) {
+               const float* shares, const float* weight, const float* bias, T* out, const Sizes& s, float eps,
+               bool silu, int num_threads) {
     const int64_t padded = round_up(s.C, kMaxLanes), size = s.C / s.G;
     const int threads = useful_threads(s.B * s.H * s.W * s.C, num_threads);
     const Buffer w = padded_copy(weight, s.C, padded), b = padded_copy(bias, s.C, padded);
@@ -254,8 +259,7 @@ void group_norm_backward(const T* x, const float* mean, const float* inverse_std
         float* own = sums.get() + item * 2 * padded;
         std::fill(own, own + 2 * padded, 0.0f);
         k.channel_norm_sums(x + pixel * s.C, grad_out + pixel * s.C, channels.mean.get() + image,
-                            channels.scale.get() + image, channels.bias.get() + image, pixels, s.C, own,
-                            own + padded);
+                            channels.scale.get() + image, channels.bias.get() + image, pixels, s.C, own, own + padded);
     });
     const Buffer offset = make_buffer(s.B * padded), along = make_buffer(s.B * padded);
     std::fill(offset.get(), offset.get() + s.B * padded, 0.0f);
@@ -300,8 +304,8 @@ void group_norm_backward(const T* x, const float* mean, const float* inverse_std
 // Checks what Python has checked already only as far as memory safety goes.
 template <class Run>
 int dispatch(const Sizes& s, int dtype, const Run& run) {
-    if (s.B < 0 || s.H < 1 || s.W < 1 || s.C < 1 || s.G < 1 || s.C % s.G || s.rows < 1 || s.cols < 1 ||
-        s.H % s.rows || s.W % s.cols)
+    if (s.B < 0 || s.H < 1 || s.W < 1 || s.C < 1 || s.G < 1 || s.C % s.G || s.rows < 1 || s.cols < 1 || s.H % s.rows ||
+        s.W % s.cols)
         return GPSTOKEN_INVALID_ARGUMENT;
     return run_for_dtype(dtype, run);
 }
@@ -350,8 +354,8 @@ int gpstoken_group_norm_cpu(const void* x, const float* mean, const float* inver
 }
 
 int gpstoken_tile_norm_cpu(const void* x, const float* mean, const float* std, const float* floor, const int32_t* tiles,
-                           const float* shares, const float* weight, const float* bias, void* out, int64_t B,
-                           int64_t H, int64_t W, int64_t C, int64_t G, int64_t cols, float eps, int silu, int dtype,
+                           const float* shares, const float* weight, const float* bias, void* out, int64_t B, int64_t H,
+                           int64_t W, int64_t C, int64_t G, int64_t cols, float eps, int silu, int dtype,
                            int num_threads) {
     if (cols < 1) return GPSTOKEN_INVALID_ARGUMENT;
     return gpstoken::dispatch({B, H, W, C, G, 1, 1}, dtype, [&](auto zero) {

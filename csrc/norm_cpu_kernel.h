@@ -91,9 +91,8 @@ GPSTOKEN_TARGET static void pixel_norm_rows(const T* x, const float* weight, con
 // grad_x of these rows; adds to grad_weight and grad_bias, `padded` long. row: scratch for two rows.
 template <class T, bool kSilu>
 GPSTOKEN_TARGET static void pixel_norm_backward_rows(const T* x, const float* weight, const float* bias,
-                                                     const T* grad_out, T* grad_x, float* grad_weight,
-                                                     float* grad_bias, int64_t rows, int64_t C, int64_t padded,
-                                                     float eps, float* row) {
+                                                     const T* grad_out, T* grad_x, float* grad_weight, float* grad_bias,
+                                                     int64_t rows, int64_t C, int64_t padded, float eps, float* row) {
     float* grad = row + padded;
     for (int64_t r = 0; r < rows; ++r) {
         const RowFigures figures = row_figures(x + r * C, C, eps);
@@ -153,8 +152,8 @@ GPSTOKEN_KERNEL void add_vectors(const T* x, int64_t rows, int64_t C, int64_t le
 //
 // One pass serves: it sums squares around the mean so far. Around their own mean the sum would be smaller, but by no
 // more than a few times what the two means' distance adds to the result, so little can cancel. The first pixels have no
-// mean before them and are taken twice; the first time around one of them, for the mean alone: where that is large, sums
-// of the values themselves would round.
+// mean before them and are taken twice; the first time around one of them, for the mean alone: where that is large,
+// sums of the values themselves would round.
 template <class T>
 GPSTOKEN_TARGET static void add_pixels(const T* x, int64_t rows, int64_t C, Moments* to) {
     constexpr int kAtOnce = 4;

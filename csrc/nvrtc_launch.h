@@ -39,17 +39,17 @@ template <>
 inline constexpr const char* kElementName<BFloat16> = "gpstoken::cuda::BFloat16";
 
 template <class T, int kChannels>
-inline constexpr NamedKernel<SplatForward> splat_forward_kernel = {
-    "splat_forward.cuh", "splat_forward_kernel", kElementName<T>, kChannels};
+inline constexpr NamedKernel<SplatForward> splat_forward_kernel = {"splat_forward.cuh", "splat_forward_kernel",
+                                                                   kElementName<T>, kChannels};
 template <class T, int kChannels>
-inline constexpr NamedKernel<SplatBackward> splat_backward_kernel = {
-    "splat_backward.cuh", "splat_backward_kernel", kElementName<T>, kChannels};
+inline constexpr NamedKernel<SplatBackward> splat_backward_kernel = {"splat_backward.cuh", "splat_backward_kernel",
+                                                                     kElementName<T>, kChannels};
 inline constexpr NamedKernel<BiasSums> bias_rows_kernel = {"partition_bias.cuh", "bias_rows_kernel", nullptr, 0};
 inline constexpr NamedKernel<BiasSums> bias_columns_kernel = {"partition_bias.cuh", "bias_columns_kernel", nullptr, 0};
-inline constexpr NamedKernel<PartitionLevels> partition_levels_kernel = {
-    "partition_levels.cuh", "partition_levels_kernel", nullptr, 0};
-inline constexpr NamedKernel<PartitionList> partition_list_kernel = {
-    "partition_list.cuh", "partition_list_kernel", nullptr, 0};
+inline constexpr NamedKernel<PartitionLevels> partition_levels_kernel = {"partition_levels.cuh",
+                                                                         "partition_levels_kernel", nullptr, 0};
+inline constexpr NamedKernel<PartitionList> partition_list_kernel = {"partition_list.cuh", "partition_list_kernel",
+                                                                     nullptr, 0};
 
 // As launch() of cuda_launch.h.
 template <class Arguments>

@@ -1,7 +1,7 @@
 // parallel_for: items 0..count-1 handed out one at a time to a few threads.
 //
-// Where PyTorch works with OpenMP threads, they do this work too: after each of its operations they wait for the next by
-// running in circles, so that threads of our own would share processors with them. Elsewhere threads are started per
+// Where PyTorch works with OpenMP threads, they do this work too: after each of its operations they wait for the next
+// by running in circles, so that threads of our own would share processors with them. Elsewhere threads are started per
 // call and joined before it returns; a pool of our own would save some 20 us per thread, but it would also have to
 // survive fork (data loader workers), library unloading and nested calls.
 #pragma once

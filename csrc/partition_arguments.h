@@ -10,9 +10,10 @@ namespace cuda {
 
 // A picture and what a region's complexity needs besides.
 struct Picture {
-    const float* grey;        // (height, width); what is outside [-1, 1] is cut off
-    const double* bias_sums;  // (height, width): of the user's bias above and left of each pixel, itself included; or null
-    const double* terms;      // entropy_term() of each count
+    const float* grey;  // (height, width); what is outside [-1, 1] is cut off
+    const double*
+        bias_sums;        // (height, width): of the user's bias above and left of each pixel, itself included; or null
+    const double* terms;  // entropy_term() of each count
     int height, width;
     double exponent;
 };
@@ -36,7 +37,7 @@ constexpr int kLevelThreads = 256;
 // The first levels of one size of image.
 struct Levels {
     int count;
-    int start[kMostLevels + 1];     // of each level in the table of an image; the last: the table's size
+    int start[kMostLevels + 1];      // of each level in the table of an image; the last: the table's size
     int fewest_cuts_x[kMostLevels];  // of any region of a level
 };
 

@@ -82,9 +82,8 @@ Kernels choose_kernels() {
 
 // Entropy of the gradients of regions of one size of image.
 class GradientEntropy {
-  public:
-    explicit GradientEntropy(int64_t stride)
-        : stride_(stride), kernels_(choose_kernels()), scratch_(new Scratch) {}
+   public:
+    explicit GradientEntropy(int64_t stride) : stride_(stride), kernels_(choose_kernels()), scratch_(new Scratch) {}
 
     double operator()(const float* image, const Box& box) {
         const Axis& down = axis(box.y1 - box.y0 + 1);
@@ -101,7 +100,7 @@ class GradientEntropy {
         return entropy_of_counts(scratch.counts);
     }
 
-  private:
+   private:
     static uint8_t* find_doubtful(uint8_t* from, uint8_t* end) {
         return static_cast<uint8_t*>(std::memchr(from, kDoubtful, static_cast<size_t>(end - from)));
     }
@@ -111,8 +110,7 @@ class GradientEntropy {
         uint16_t tables[4][kBins] = {};
         for (int i = 0; i < kSamples * kSamples; i += 4)
             for (int k = 0; k < 4; ++k) ++tables[k][scratch.bins[i + k]];
-        for (int b = 0; b < kBins; ++b)
-            scratch.counts[b] = tables[0][b] + tables[1][b] + tables[2][b] + tables[3][b];
+        for (int b = 0; b < kBins; ++b) scratch.counts[b] = tables[0][b] + tables[1][b] + tables[2][b] + tables[3][b];
     }
 
     const Axis& axis(int size) {
@@ -153,7 +151,7 @@ struct Settings {
 };
 
 class Partitioner {
-  public:
+   public:
     explicit Partitioner(const Settings& settings)
         : settings_(settings), unit_(settings.height * settings.width), entropy_(settings.width) {}
 
@@ -166,7 +164,7 @@ class Partitioner {
         return enough;
     }
 
-  private:
+   private:
     using Pair = std::pair<Region, Region>;
 
     bool divide() {
@@ -253,11 +251,11 @@ class Partitioner {
     }
 
     Settings settings_;
-    std::vector<float> unit_;     // grey values in [0, 1]
-    std::vector<double> table_;   // summed-area table of the bias; empty: no bias
-    std::vector<Region> regions_; // all ever made, in that order
-    std::vector<bool> alive_;     // those not yet split
-    int64_t evaluations_ = 0;     // regions measured, of the image at hand
+    std::vector<float> unit_;      // grey values in [0, 1]
+    std::vector<double> table_;    // summed-area table of the bias; empty: no bias
+    std::vector<Region> regions_;  // all ever made, in that order
+    std::vector<bool> alive_;      // those not yet split
+    int64_t evaluations_ = 0;      // regions measured, of the image at hand
     std::vector<Candidate> order_;
     GradientEntropy entropy_;
 };

@@ -70,8 +70,8 @@ GPSTOKEN_TARGET inline void find_bins(const Axis& down, Scratch& scratch) {
     // way.
     constexpr float kRelativeError = 6e-6f;
     for (int i = 0; i < kSamples; ++i) {
-        const float(*difference)[kSamples] = scratch.difference + down.first[i];
-        const float(*smoothed)[kSamples] = scratch.smoothed + down.first[i];
+        const float (*difference)[kSamples] = scratch.difference + down.first[i];
+        const float (*smoothed)[kSamples] = scratch.smoothed + down.first[i];
         const float* smooth = down.smooth[i];
         const float* differ = down.differ[i];
         int32_t row[kSamples];
@@ -109,16 +109,30 @@ GPSTOKEN_TARGET void gradient_bins(const View& view, Scratch& scratch) {
         std::memset(scratch.smoothed[s], 0, sizeof(scratch.smoothed[s]));
     }
     switch (view.across.phase_size) {
-        case 8: filter_rows_by_phase<8>(view, scratch); break;
-        case 16: filter_rows_by_phase<16>(view, scratch); break;
-        case 32: filter_rows_by_phase<32>(view, scratch); break;
-        case 64: filter_rows_by_phase<64>(view, scratch); break;
-        default: filter_rows(view, scratch);
+        case 8:
+            filter_rows_by_phase<8>(view, scratch);
+            break;
+        case 16:
+            filter_rows_by_phase<16>(view, scratch);
+            break;
+        case 32:
+            filter_rows_by_phase<32>(view, scratch);
+            break;
+        case 64:
+            filter_rows_by_phase<64>(view, scratch);
+            break;
+        default:
+            filter_rows(view, scratch);
     }
     switch (view.down.taps) {
-        case 3: find_bins<3>(view.down, scratch); break;
-        case 4: find_bins<4>(view.down, scratch); break;
-        default: find_bins<6>(view.down, scratch);
+        case 3:
+            find_bins<3>(view.down, scratch);
+            break;
+        case 4:
+            find_bins<4>(view.down, scratch);
+            break;
+        default:
+            find_bins<6>(view.down, scratch);
     }
 }
 

@@ -33,7 +33,8 @@ struct Candidates {
     int64_t leaves;  // regions that cannot be cut further, whatever the picture
 };
 
-// What can come of an image of some size. Regions of the same size are cut alike, and at each level there are few sizes.
+// What can come of an image of some size. Regions of the same size are cut alike, and at each level there are few
+// sizes.
 Candidates find_candidates(int64_t height, int64_t width, int min_region_size, int64_t affordable) {
     using Shape = std::tuple<int, int, int>;  // cuts along x, width, height
     // How many regions of a shape one partition into leaves has, that which cuts squares along x. 0: another has some.

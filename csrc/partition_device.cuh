@@ -24,8 +24,8 @@ struct Measured {
     float sample[kSamples][kSamples];
     int counts[kBoxes][kBins];
     double partial[kBoxes][kSumsPerRegion];
-    Box box[kBoxes];             // in
-    double complexity[kBoxes];   // out
+    Box box[kBoxes];            // in
+    double complexity[kBoxes];  // out
 };
 
 // ---- samples ----
@@ -94,8 +94,8 @@ __device__ __forceinline__ int exact_bin(const float (&sample)[kSamples][kSample
     const int above = max(row - 1, 0), below = min(row + 1, kSamples - 1);
     const int left = max(column - 1, 0), right = min(column + 1, kSamples - 1);
     const auto at = [&](int y, int x) { return static_cast<double>(sample[y][x]); };
-    const double gradient_x =
-        at(above, right) - at(above, left) + 2 * (at(row, right) - at(row, left)) + (at(below, right) - at(below, left));
+    const double gradient_x = at(above, right) - at(above, left) + 2 * (at(row, right) - at(row, left)) +
+                              (at(below, right) - at(below, left));
     const double gradient_y = at(below, left) + 2 * at(below, column) + at(below, right) -
                               (at(above, left) + 2 * at(above, column) + at(above, right));
     const double square_x = product(gradient_x, gradient_x), square_y = product(gradient_y, gradient_y);
@@ -133,7 +133,8 @@ __device__ __forceinline__ void count_bins(const float (&sample)[kSamples][kSamp
         const float gradient_y = smoothed_below - smoothed_above;
         const float position = rough_root(fmaf(gradient_x, gradient_x, gradient_y * gradient_y)) * kBinsPerUnit;
         int bin = static_cast<int>(fmaf(position, 1.0f - kRelativeError, -kError));
-        if (bin != static_cast<int>(fmaf(position, 1.0f + kRelativeError, kError))) bin = exact_bin(sample, row, column);
+        if (bin != static_cast<int>(fmaf(position, 1.0f + kRelativeError, kError)))
+            bin = exact_bin(sample, row, column);
         if (bin != run_bin) {
             if (run > 0) atomicAdd(&counts[run_bin], run);
             run_bin = bin;

@@ -65,7 +65,8 @@ __device__ __forceinline__ bool can_occur(const PartitionLevels& args, const Pla
         const Box columns = descend(whole, true, cuts_x, place.x >> along_x);
         const Box cut = descend(columns, false, cuts_y, place.y >> (1 - along_x));
         const int extent_x = cut.x1 - cut.x0, extent_y = cut.y1 - cut.y0;
-        if (splittable(cut, args.min_region_size) && (along_x ? extent_x >= extent_y : extent_y >= extent_x)) return true;
+        if (splittable(cut, args.min_region_size) && (along_x ? extent_x >= extent_y : extent_y >= extent_x))
+            return true;
     }
     return false;
 }

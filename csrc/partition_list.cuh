@@ -135,8 +135,12 @@ __global__ void __launch_bounds__(kListThreads, 1) partition_list_kernel(const P
     const long long image = blockIdx.x;
     const Picture picture = nth(args.picture, image);
     const bool keeps_list = threadIdx.x == 0;
-    List list = {args, args.list + image * args.list_size, args.entries + image * args.entries_size,
-                 args.table + image * args.levels.start[args.levels.count], 0, 0};
+    List list = {args,
+                 args.list + image * args.list_size,
+                 args.entries + image * args.entries_size,
+                 args.table + image * args.levels.start[args.levels.count],
+                 0,
+                 0};
     const Box whole = {0, 0, picture.width - 1, picture.height - 1};
     if (keeps_list) {
         shared.measured.box[0] = whole;

@@ -1,6 +1,6 @@
 // RoIAlign on the CPU: bilinear samples of channel-last maps, averaged over the cells of each region. Forward, threads
-// take regions; backward, images and channels, whose regions each adds in their order. So nothing is written by two, and
-// results do not depend on the number of threads.
+// take regions; backward, images and channels, whose regions each adds in their order. So nothing is written by two,
+// and results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -25,11 +25,14 @@ struct Band {
     const float* weights;
 };
 
-// The bands of a region's bins along one axis of `length` pixels. All lie in begin..end-1, which is empty where a region
-// has no extent or lies outside the map.
+// The bands of a region's bins along one axis of `length` pixels. All lie in begin..end-1, which is empty where a
+// region has no extent or lies outside the map.
 struct Axis {
     Axis(int64_t bins, int64_t length)
-        : bins(bins), length(length), first(static_cast<size_t>(bins)), count(static_cast<size_t>(bins)),
+        : bins(bins),
+          length(length),
+          first(static_cast<size_t>(bins)),
+          count(static_cast<size_t>(bins)),
           weights(static_cast<size_t>(bins * length)) {}
 
     Band band(int64_t bin) const { return {first[bin], count[bin], &weights[bin * length + first[bin]]}; }
@@ -107,7 +110,9 @@ struct Sizes {
 // What one thread works with.
 struct Workspace {
     explicit Workspace(const Sizes& s)
-        : down(s.bins, s.H), across(s.bins, s.W), columns(make_buffer(s.W * kBlock)),
+        : down(s.bins, s.H),
+          across(s.bins, s.W),
+          columns(make_buffer(s.W * kBlock)),
           block(make_buffer(round_up(s.bins * s.bins, kBlock) * kBlock)) {}
 
     void set(const float* region, float scale) {
@@ -156,7 +161,8 @@ void roi_align_backward(const float* regions, const T* grad_cells, T* grad_featu
         T* grads = grad_features + image * P * s.C + first;
         const int64_t stride = in_place ? s.C : share;
         float* sums = in_place ? reinterpret_cast<float*>(grads) : beside.get() + worker * P * share;
-        for (int64_t p = 0; p < P; ++p) std::fill(sums + p * stride, sums + p * stride + round_up(channels, kBlock), 0.0f);
+        for (int64_t p = 0; p < P; ++p)
+            std::fill(sums + p * stride, sums + p * stride + round_up(channels, kBlock), 0.0f);
         Workspace& own = own_of[worker];
         for (int64_t n = 0; n < s.N; ++n) {
             const int64_t region = image * s.N + n;

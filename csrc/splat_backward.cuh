@@ -171,8 +171,8 @@ __device__ __forceinline__ void splat_backward_token(const SplatBackward& args, 
         barrier();
     }
 
-    float moment[kMoments] = {sums.moments.q,  sums.moments.v,  sums.moments.qq, sums.moments.qv,
-                              sums.moments.vv, 0.0f,            0.0f,            0.0f};
+    float moment[kMoments] = {
+        sums.moments.q, sums.moments.v, sums.moments.qq, sums.moments.qv, sums.moments.vv, 0.0f, 0.0f, 0.0f};
     const float total = reduce(moment, lane);
     constexpr int kLanesPerMoment = kWarpSize / kMoments;
     if (lane % kLanesPerMoment == 0) shared.partial[warp][lane / kLanesPerMoment] = total;
@@ -217,8 +217,7 @@ __device__ __forceinline__ void splat_backward_block(const SplatBackward& args, 
     if (warp < args.tokens_per_block && own < args.total) {
         const Token token(args.geometry + own * 5);
         const Gaussian g = prepare(token);
-        const bool crowded =
-            !g.empty() && static_cast<long long>(g.x1 - g.x0 + 1) * (g.y1 - g.y0 + 1) > kAlonePixels;
+        const bool crowded = !g.empty() && static_cast<long long>(g.x1 - g.x0 + 1) * (g.y1 - g.y0 + 1) > kAlonePixels;
         if (crowded) {
             if (lane == 0) shared.crowded[warp] = true;
         } else {

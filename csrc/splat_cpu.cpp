@@ -1,7 +1,5 @@
 // Splatting on the CPU: forward in parallel over bands of rows, backward over tokens, both without atomics and with a
 // fixed order of additions, so that results do not depend on the number of threads.
-#include "splat.h"
-
 #include <cmath>
 #include <cstring>
 
@@ -11,6 +9,7 @@
 #include "gpstoken_native.h"
 #include "half_types.h"
 #include "parallel.h"
+#include "splat.h"
 
 namespace gpstoken {
 namespace {
@@ -171,7 +170,8 @@ void forward(const float* geometry, const T* texture, T* out, const Sizes& s, fl
             kernels().paint(g, scene.texture_of(token), scene.grid(), scene.channels, s.W, top,
                             std::max<int64_t>(g.y0, top), std::min<int64_t>(g.y1, bottom), band + band_floats, band);
         }
-        to_planes(band, scene.channels, out + (image * s.C * s.H + top) * s.W, s.C, s.H * s.W, (bottom - top + 1) * s.W);
+        to_planes(band, scene.channels, out + (image * s.C * s.H + top) * s.W, s.C, s.H * s.W,
+                  (bottom - top + 1) * s.W);
     });
 }
 

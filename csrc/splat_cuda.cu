@@ -81,16 +81,20 @@ int gpstoken_splat_forward_cuda(const float* geometry, const void* texture, void
     args.tiles_y = static_cast<int>(ceil_div(H, kTileHeight));
     const auto queue = static_cast<cudaStream_t>(stream);
     switch (dtype) {
-        case GPSTOKEN_FLOAT32: return splat_forward<float>(args, B, queue);
-        case GPSTOKEN_FLOAT16: return splat_forward<Float16>(args, B, queue);
-        case GPSTOKEN_BFLOAT16: return splat_forward<BFloat16>(args, B, queue);
-        default: return GPSTOKEN_UNSUPPORTED_DTYPE;
+        case GPSTOKEN_FLOAT32:
+            return splat_forward<float>(args, B, queue);
+        case GPSTOKEN_FLOAT16:
+            return splat_forward<Float16>(args, B, queue);
+        case GPSTOKEN_BFLOAT16:
+            return splat_forward<BFloat16>(args, B, queue);
+        default:
+            return GPSTOKEN_UNSUPPORTED_DTYPE;
     }
 }
 
-int gpstoken_splat_backward_cuda(const float* geometry, const void* texture, const void* grad_out,
-                                 float* grad_geometry, void* grad_texture, int64_t B, int64_t N, int64_t C, int64_t H,
-                                 int64_t W, float support, int dtype, void* stream) {
+int gpstoken_splat_backward_cuda(const float* geometry, const void* texture, const void* grad_out, float* grad_geometry,
+                                 void* grad_texture, int64_t B, int64_t N, int64_t C, int64_t H, int64_t W,
+                                 float support, int dtype, void* stream) {
     if (!legal(B, N, C, H, W)) return GPSTOKEN_INVALID_ARGUMENT;
     if (B == 0 || N == 0) return GPSTOKEN_OK;
     SplatBackward args = {};
@@ -108,10 +112,14 @@ int gpstoken_splat_backward_cuda(const float* geometry, const void* texture, con
     args.tokens_per_block = args.total <= kFewTokens ? 1 : kBackwardWarps;
     const auto queue = static_cast<cudaStream_t>(stream);
     switch (dtype) {
-        case GPSTOKEN_FLOAT32: return splat_backward<float>(args, queue);
-        case GPSTOKEN_FLOAT16: return splat_backward<Float16>(args, queue);
-        case GPSTOKEN_BFLOAT16: return splat_backward<BFloat16>(args, queue);
-        default: return GPSTOKEN_UNSUPPORTED_DTYPE;
+        case GPSTOKEN_FLOAT32:
+            return splat_backward<float>(args, queue);
+        case GPSTOKEN_FLOAT16:
+            return splat_backward<Float16>(args, queue);
+        case GPSTOKEN_BFLOAT16:
+            return splat_backward<BFloat16>(args, queue);
+        default:
+            return GPSTOKEN_UNSUPPORTED_DTYPE;
     }
 }
 

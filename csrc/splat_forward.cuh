@@ -30,8 +30,8 @@ template <int kChannels>
 struct ForwardShared {
     StagedToken token[kStaged];
     Quad texture[kStaged][kChannels / 4];
-    int waiting[kWaiting];              // indices of survivors, in rising order
-    int survivors[2][kForwardWarps];    // per warp; two sets, so that one barrier a round is enough
+    int waiting[kWaiting];            // indices of survivors, in rising order
+    int survivors[2][kForwardWarps];  // per warp; two sets, so that one barrier a round is enough
 };
 
 __device__ __forceinline__ StagedToken stage(const Token& token, float support) {
@@ -187,7 +187,9 @@ __device__ __forceinline__ void splat_forward_block(const SplatForward& args, Fo
 
 // Blocks per multiprocessor to leave registers for: as many as do without spills.
 template <int kChannels>
-constexpr int kForwardBlocks = kChannels == 32 ? 4 : kChannels == 16 ? 5 : 6;
+constexpr int kForwardBlocks = kChannels == 32   ? 4
+                               : kChannels == 16 ? 5
+                                                 : 6;
 
 template <class T, int kChannels>
 __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<kChannels>)

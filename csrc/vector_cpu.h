@@ -1,5 +1,5 @@
-// Vectors of floats for the inner loops of the CPU. A *_cpu_kernel.h includes this first; its .cpp includes that once per
-// instruction set, inside a namespace, with
+// Vectors of floats for the inner loops of the CPU. A *_cpu_kernel.h includes this first; its .cpp includes that once
+// per instruction set, inside a namespace, with
 //   GPSTOKEN_TARGET        the function attribute that switches the instruction set on (may be empty)
 //   GPSTOKEN_VECTOR_LANES  floats per vector register
 // No include guard, therefore.
@@ -17,11 +17,11 @@ struct Vector {
     float lane[kLanes];
     float operator[](int i) const { return lane[i]; }
 };
-#define GPSTOKEN_OPERATOR(op)                                        \
-    inline Vector operator op(const Vector& a, const Vector& b) {    \
-        Vector r;                                                    \
+#define GPSTOKEN_OPERATOR(op)                                                \
+    inline Vector operator op(const Vector& a, const Vector& b) {            \
+        Vector r;                                                            \
         for (int i = 0; i < kLanes; ++i) r.lane[i] = a.lane[i] op b.lane[i]; \
-        return r;                                                    \
+        return r;                                                            \
     }
 GPSTOKEN_OPERATOR(+)
 GPSTOKEN_OPERATOR(-)

@@ -57,8 +57,7 @@ __global__ void works(const Values args) {
 }  // namespace
 
 // Runs a kernel by name in one block of 64 threads; the emulation's message, "" for none.
-extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name, float* data,
-                                                                         unsigned seed) {
+extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name, float* data, unsigned seed) {
     struct Named {
         const char* name;
         void (*kernel)(Values);

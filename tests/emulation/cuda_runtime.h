@@ -259,7 +259,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return emulation::machine.e
 #define __syncwarp() emulation::wait(emulation::Operation::kWarpBarrier, __LINE__, 0, 0)
 #define __ballot_sync(mask, predicate) \
     emulation::wait(emulation::Operation::kBallot, __LINE__, emulation::full(mask) && (predicate), 0)
-#define __shfl_xor_sync(mask, value, lanes)                                                                          \
+#define __shfl_xor_sync(mask, value, lanes)                                                           \
     __uint_as_float(emulation::wait(emulation::Operation::kShuffle, __LINE__, __float_as_uint(value), \
                                     emulation::full(mask) ? static_cast<unsigned>(lanes) : 0))
 

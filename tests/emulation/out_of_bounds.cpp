@@ -19,8 +19,8 @@ struct Case {
 
 // Awkward sizes: one of each, primes, one more than a tile, a slice, a round of culling; and eight tokens to a block.
 // The element types take turns.
-const Case kCases[] = {{1, 0, 3, 4, 5},   {1, 1, 1, 1, 1},  {2, 17, 3, 7, 5},   {1, 130, 33, 17, 33},
-                       {1, 5, 130, 2, 1}, {3, 9, 16, 1, 9}, {4, 257, 32, 3, 2}, {128, 1, 33, 17, 3},
+const Case kCases[] = {{1, 0, 3, 4, 5},    {1, 1, 1, 1, 1},  {2, 17, 3, 7, 5},   {1, 130, 33, 17, 33},
+                       {1, 5, 130, 2, 1},  {3, 9, 16, 1, 9}, {4, 257, 32, 3, 2}, {128, 1, 33, 17, 3},
                        {2, 33, 8, 33, 17}, {1, 17, 5, 48, 1}};
 
 std::mt19937 source(1);

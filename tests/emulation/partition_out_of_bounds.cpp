@@ -20,8 +20,8 @@ struct Case {
 };
 
 // The smallest, awkward ones, all tokens that there can be; squares and strips.
-const Case kCases[] = {{1, 1, 2, 2, 2, true},    {2, 7, 13, 17, 2, false}, {1, 16, 32, 32, 8, true},
-                       {3, 2, 9, 70, 5, true},   {1, 25, 3, 100, 3, true}, {1, 12, 33, 33, 8, false}};
+const Case kCases[] = {{1, 1, 2, 2, 2, true},  {2, 7, 13, 17, 2, false}, {1, 16, 32, 32, 8, true},
+                       {3, 2, 9, 70, 5, true}, {1, 25, 3, 100, 3, true}, {1, 12, 33, 33, 8, false}};
 
 template <class T>
 std::unique_ptr<T[]> buffer(int64_t size) {  // on the heap and of the exact size
