@@ -304,9 +304,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         return data_times(self.scheduler)[begin]
 
 
-def _held(
-    network: Network, kept: Tensor, data: Tensor, noise: Tensor
-) -> Network:
+def _held(network: Network, kept: Tensor, data: Tensor, noise: Tensor) -> Network:
     """The network with some tokens held on their way: kept (M, n, 1), data and noise (M, n, C)."""
 
     def velocity(noisy: Tensor, time: Tensor, labels: Tensor) -> Tensor:

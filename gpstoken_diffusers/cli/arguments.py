@@ -193,9 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--layout", metavar="IMAGE", type=Path, help="take the layout of this picture instead of drawing one"
     )
     generate.add_argument("--steps", metavar="N", type=int, help="steps of the second stage (default: the sampler's)")
-    generate.add_argument(
-        "--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's own)"
-    )
+    generate.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's own)")
     generate.add_argument(
         "--guidance", metavar="W", type=float, default=3.0, help="how strongly to keep to the class (default: 3)"
     )

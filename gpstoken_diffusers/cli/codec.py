@@ -83,9 +83,7 @@ class Codec:
         )
 
     @torch.inference_mode()
-    def decode(
-        self, tokens: GPSTokens, mode: str | None = None, size: tuple[int, int] | None = None
-    ) -> Image.Image:
+    def decode(self, tokens: GPSTokens, mode: str | None = None, size: tuple[int, int] | None = None) -> Image.Image:
         """The picture that tokens stand for (the first, if there are several), rounded to 8 bits.
 
         size: (height, width) in pixels; None is the picture's own.

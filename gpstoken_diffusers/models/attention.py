@@ -95,9 +95,7 @@ class TokenAttention(nn.Module, AttentionModuleMixin):
 class FeedForward(nn.Sequential):
     """Two linear layers with an activation between them, GELU unless another is given; (..., in) -> (..., out)."""
 
-    def __init__(
-        self, in_features: int, hidden_features: int, out_features: int, activation: nn.Module | None = None
-    ):
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, activation: nn.Module | None = None):
         super().__init__(
             nn.Linear(in_features, hidden_features),
             nn.GELU() if activation is None else activation,

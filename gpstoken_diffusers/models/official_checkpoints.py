@@ -180,9 +180,7 @@ def _rename(name: str, last_level: int) -> str | None:
     return None
 
 
-def recognise_preset(
-    converted: dict[str, Tensor], source: str, preset: str | None = None
-) -> tuple[str, str]:
+def recognise_preset(converted: dict[str, Tensor], source: str, preset: str | None = None) -> tuple[str, str]:
     """Which released configuration an autoencoder's file of full-size weights is.
 
     L256 has 32 texture channels. S64 and M128 have 16 and do not differ in any shape, so the caller says which, or
@@ -207,9 +205,7 @@ def recognise_preset(
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
         expected = PRESETS[preset]["texture_channels"]
         if expected != texture_channels:
-            raise ValueError(
-                f"preset {preset!r} has {expected} texture channels, but {source} has {texture_channels}."
-            )
+            raise ValueError(f"preset {preset!r} has {expected} texture channels, but {source} has {texture_channels}.")
         return preset, "as asked for"
     fitting = [name for name, values in PRESETS.items() if values["texture_channels"] == texture_channels]
     if len(fitting) == 1:
@@ -307,9 +303,7 @@ def convert_generator(official: dict[str, Tensor], source: str) -> dict[str, Ten
     return converted
 
 
-def recognise_generator_preset(
-    converted: dict[str, Tensor], source: str, preset: str | None = None
-) -> tuple[str, str]:
+def recognise_generator_preset(converted: dict[str, Tensor], source: str, preset: str | None = None) -> tuple[str, str]:
     """Which released size a generator's file is, by its width. Args, returns and errors as [`recognise_preset`]."""
     width = converted["token_embedding.weight"].shape[0]
     if preset is not None:

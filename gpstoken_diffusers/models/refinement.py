@@ -179,5 +179,3 @@ def add_in_logit_space(initial_geometry: Tensor, residual: Tensor) -> Tensor:
     rest = 2 * torch.sigmoid(torch.logit(rest, eps=1e-7) + residual[..., RHO:]) - 1
     # Bounded, because a sigmoid saturates in float32.
     return bounded(torch.cat([sigma, rest], dim=-1))
-
-

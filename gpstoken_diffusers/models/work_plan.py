@@ -159,9 +159,7 @@ class WorkPlan:
 
         if whole and needed(usual) <= self.budget:
             return max(tile_grid)
-        self.check_room(
-            needed(1), f'decoding tiles at {_pixels(tile_size)} with mode="merge" (mode="tile" needs less)'
-        )
+        self.check_room(needed(1), f'decoding tiles at {_pixels(tile_size)} with mode="merge" (mode="tile" needs less)')
         return max(side for side in range(1, usual + 1) if needed(side) <= self.budget)
 
     # Decoding with a "lattice" decoder

@@ -68,9 +68,7 @@ def save_texture_preview(
 
 
 @torch.no_grad()
-def save_layout_preview(
-    model: GPSTokenLayoutModel, dataset: TokenDataset, min_region_size: int, path: Path
-) -> None:
+def save_layout_preview(model: GPSTokenLayoutModel, dataset: TokenDataset, min_region_size: int, path: Path) -> None:
     """Draws layouts of each class and calibrates them, a row per class, and saves the picture as `path`."""
     device = next(model.parameters()).device
     pictures = []

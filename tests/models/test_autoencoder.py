@@ -111,9 +111,7 @@ def test_tokens_are_a_set():
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     shuffled = model.encode(images, output.initial_tokens.geometry[:, order], output.regions[:, order]).tokens
     torch.testing.assert_close(shuffled.as_tensor(), output.tokens.as_tensor()[:, order], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        model.decode(shuffled).sample, model.decode(output.tokens).sample, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(model.decode(shuffled).sample, model.decode(output.tokens).sample, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

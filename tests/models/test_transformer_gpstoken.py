@@ -42,12 +42,8 @@ def test_forward_agrees_with_the_reference(small):
     reference = load_golden("sit_small_forward.safetensors")
     latents, layout = channels_last(reference["fwd.x"]), reference["fwd.cond"]
     arguments = (latents, reference["fwd.t"], reference["fwd.y"])
-    torch.testing.assert_close(
-        small(*arguments, layout).sample, channels_last(reference["fwd.out"]), atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(
-        small(*arguments).sample, channels_last(reference["fwd.out_no_cond"]), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(small(*arguments, layout).sample, channels_last(reference["fwd.out"]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(small(*arguments).sample, channels_last(reference["fwd.out_no_cond"]), atol=1e-5, rtol=0)
 
 
 def test_latents_to_tokens_as_the_reference():

@@ -83,7 +83,7 @@ def test_the_processor_takes_return_tensors(pipe):
     picture = noise_images(1, 32, 32)[0].add(1).div(2).clamp(0, 1)
     features = pipe.image_processor(picture, return_tensors="pt")
     assert torch.equal(features["geometry"], pipe.image_processor(picture)["geometry"])
-    with pytest.raises(ValueError, match='return_tensors must be "pt", got \'np\''):
+    with pytest.raises(ValueError, match="return_tensors must be \"pt\", got 'np'"):
         pipe.image_processor(picture, return_tensors="np")
 
 

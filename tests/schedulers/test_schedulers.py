@@ -259,7 +259,7 @@ def stepping(scheduler, **options):
 
 FLOW = {"prediction_type": "flow_prediction"}
 MISTAKES = {
-    "a_solver": (lambda: GPSTokenSDEScheduler(sde_solver="rk4"), 'or "heun", got \'rk4\''),
+    "a_solver": (lambda: GPSTokenSDEScheduler(sde_solver="rk4"), "or \"heun\", got 'rk4'"),
     "an_order": (lambda: GPSTokenSDEScheduler(solver_order=3), "solver_order must be 1 or 2, got 3"),
     "prediction": (lambda: GPSTokenSDEScheduler(prediction_type="epsilon"), "Scheduler has prediction_type='epsilon'"),
     "prediction_ode": (lambda: FlowMatchDopri5Scheduler(prediction_type="epsilon"), "has prediction_type='epsilon'"),

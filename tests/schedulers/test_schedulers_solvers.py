@@ -190,5 +190,3 @@ def test_tolerances_that_cannot_be_met():
 
     with pytest.raises(RuntimeError, match="too rough at t = .*Raise them"):
         FlowMatchDopri5Scheduler(atol=1e-10, rtol=0).integrate(velocity, START)
-
-
