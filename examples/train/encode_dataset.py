@@ -22,7 +22,6 @@ Exit code: 0 done, 1 an error (it says what), 130 interrupted. Pictures that can
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import logging
@@ -52,6 +51,7 @@ from gpstoken_diffusers.training.labelled_pictures import (
 )
 from gpstoken_diffusers.training.token_dataset import (
     TokenDataset,
+    model_fingerprint,
     read_shard_header,
     settings_difference,
     shard_path,
@@ -140,17 +140,6 @@ class Plan:
         items = self.items(shard)
         for start in range(items.start, items.stop, self.batch_size):
             yield shard, start, min(self.batch_size, items.stop - start)
-
-
-def model_fingerprint(model: AutoencoderGPSToken) -> str:
-    """sha256 of the model's configuration and weights."""
-    # Without what diffusers adds, such as its version: an upgrade changes no token.
-    config = {name: value for name, value in json.loads(model.to_json_string()).items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def missing_shards(output: Path, plan: Plan, settings: dict[str, Any]) -> list[int]:

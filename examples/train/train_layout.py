@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     def draw_pictures(averaged: GPSTokenLayoutModel, step: int) -> None:
         save_layout_preview(averaged, shown, args.min_region_size, Path(args.output_dir) / "layouts.png")
 
-    train_generator(args, model, LayoutLatents(dataset, model), validation, velocity, draw_pictures)
+    train_generator(args, model, LayoutLatents(dataset, model), validation, velocity, draw_pictures, dataset.origin())
 
 
 if __name__ == "__main__":

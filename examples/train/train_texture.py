@@ -26,6 +26,8 @@ from gpstoken_diffusers.training.generator_loop import add_training_arguments, l
 from gpstoken_diffusers.training.previews import save_texture_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
+logger = logging.getLogger(__name__)
+
 # The shipped small generator.
 MINI_CONFIG = {
     "hidden_size": 320,
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     dataset = TokenDataset(args.train_dir)
+    if doubt := dataset.check_autoencoder(args.autoencoder):
+        logger.warning("%s samples.png shows the textures by it.", doubt)
     torch.manual_seed(args.seed)
     model = build_model(args, dataset)
     shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
@@ -111,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     def draw_pictures(averaged: GPSTokenTransformerModel, step: int) -> None:
         save_texture_preview(averaged, autoencoder, shown, Path(args.output_dir) / "samples.png")
 
-    train_generator(args, model, TextureLatents(dataset, model), validation, velocity, draw_pictures)
+    train_generator(args, model, TextureLatents(dataset, model), validation, velocity, draw_pictures, dataset.origin())
 
 
 if __name__ == "__main__":

@@ -26,18 +26,31 @@ _LOCATION_ARGUMENTS = (
 
 # What diffusers writes into a config.json beside the arguments of the constructor.
 _OTHER_SETTINGS = {"auto_map", "quantization_config"}
+# What diffusers' EMAModel writes into it beside the arguments, and words of what training scripts note there: how the
+# weights came to be does not change what they draw.
+_OF_AVERAGING = {
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+}  # fmt: skip
+_WORDS_OF_TRAINING = {
+    "author", "batch", "checkpoint", "comment", "dataset", "date", "description", "ema", "epoch", "epochs", "global",
+    "learning", "license", "loss", "lr", "notes", "optimizer", "seed", "train", "trained", "training", "wandb",
+}  # fmt: skip
 
 
 def refuse_unknown_settings(owner: type, config: dict[str, Any], file: str | os.PathLike) -> None:
-    """Raises ValueError for settings in `file` that the class `owner` does not know.
+    """Raises ValueError for settings in `file` that the class `owner` does not know, and warns of notes of a training.
 
-    diffusers drops such settings with a warning, and the pictures come out wrong.
+    diffusers drops both with a warning; without a setting of a later version the pictures would come out wrong.
     """
     unknown = {name for name in config if not name.startswith("_")} - owner._get_init_keys(owner) - _OTHER_SETTINGS
-    if unknown:
+    notes = {name for name in unknown if name in _OF_AVERAGING or _WORDS_OF_TRAINING & set(name.lower().split("_"))}
+    if notes:
+        logger.warning("%s: left out %s, which a training script wrote.", file, ", ".join(sorted(notes)))
+    if unknown - notes:
         raise ValueError(
             f"{file} has settings that {owner.__name__} of gpstoken_diffusers {__version__} does not know: "
-            f"{', '.join(sorted(unknown))}. A later version may have saved it: pip install -U gpstoken-diffusers."
+            f"{', '.join(sorted(unknown - notes))}. A later version may have saved it: pip install -U "
+            "gpstoken-diffusers."
         )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from .flow_matching import TIME_SAMPLINGS, FlowMatchingSamples, flow_matching_lo
 from .launch import add_loop_arguments, make_accelerator
 from .loop import train
 from .objective import Objective
+from .run_record import RunState
+from .token_dataset import ORIGIN_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,7 @@ class FlowMatchingObjective(Objective):
         velocity: (model, batch, noisy latents, time) -> predicted velocity.
         validation_data: items as [`FlowMatchingSamples`] takes them, or None.
         draw_pictures: (averaged model, step) -> None, called at every validation.
+        origin: of the data, [`TokenDataset.origin`], saved with the model.
     """
 
     def __init__(
@@ -46,8 +52,9 @@ class FlowMatchingObjective(Objective):
         velocity: Velocity,
         validation_data: Dataset | None,
         draw_pictures: Callable[[nn.Module, int], None] | None,
+        origin: dict[str, Any],
     ):
-        self.args, self.velocity = args, velocity
+        self.args, self.velocity, self.origin = args, velocity, origin
         self.validation_data, self.draw_pictures = validation_data, draw_pictures
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -63,6 +70,10 @@ class FlowMatchingObjective(Objective):
         if self.draw_pictures is not None:
             self.draw_pictures(averaged, step)
         return figures
+
+    def save(self, averaged: nn.Module, folder: Path, state: RunState) -> None:
+        super().save(averaged, folder, state)
+        (folder / ORIGIN_FILE).write_text(json.dumps(self.origin, indent=1), encoding="utf-8")
 
 
 def load_pretrained(kind: type[nn.Module], folder: str, num_classes: int, **config) -> nn.Module:
@@ -94,21 +105,22 @@ def train_generator(
     train_data: Dataset,
     validation_data: Dataset | None,
     velocity: Velocity,
-    draw_pictures: Callable[[nn.Module, int], None] | None = None,
+    draw_pictures: Callable[[nn.Module, int], None] | None,
+    origin: dict[str, Any],
 ) -> None:
     """Trains a flow-matching network; `args` are those of `add_training_arguments`. Files and errors as in `train`.
 
     Args:
         model: has `null_class` and is saved by `save_pretrained`.
         train_data: items as [`FlowMatchingSamples`] takes them.
-        validation_data, velocity, draw_pictures: see [`FlowMatchingObjective`].
+        validation_data, velocity, draw_pictures, origin: see [`FlowMatchingObjective`].
     """
     accelerator = make_accelerator(args)
     count = args.max_train_steps * args.gradient_accumulation_steps * args.batch_size * accelerator.num_processes
     samples = FlowMatchingSamples(
         train_data, count, model.null_class, args.label_dropout, args.time_sampling, args.seed
     )
-    objective = FlowMatchingObjective(args, velocity, validation_data, draw_pictures)
+    objective = FlowMatchingObjective(args, velocity, validation_data, draw_pictures, origin)
     train(args, accelerator, model, samples, objective, unit="sample")
 
 

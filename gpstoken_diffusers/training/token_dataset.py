@@ -8,6 +8,7 @@ shard can be trusted, or refused, without the rest of the folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -23,6 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..models.autoencoder_gpstoken import AutoencoderGPSToken
 from ..models.token_latents import geometry_residual
 from ..safe_files import open_safetensors, write_atomically
 from ..tokens import GEOMETRY_CHANNELS
@@ -30,6 +32,8 @@ from ..tokens import GEOMETRY_CHANNELS
 DATASET_FORMAT = "gpstoken.dataset"
 DATASET_FORMAT_VERSION = 1
 INDEX_FILE = "dataset.json"
+ORIGIN_FILE = "trained_on.json"
+"""Beside a generator's weights: [`TokenDataset.origin`] of what it was trained on."""
 
 _ADVICE = "Delete it and encode the pictures again: only what is missing is made anew."
 _TENSORS = ("geometry", "initial_geometry", "label", "texture")
@@ -188,6 +192,17 @@ def write_index(folder: str | os.PathLike, num_shards: int, description: Mapping
     return json.loads(text)
 
 
+def model_fingerprint(model: AutoencoderGPSToken) -> str:
+    """sha256 of a tokenizer's configuration and weights, as a shard's `settings` name it under `autoencoder`."""
+    # Without what diffusers adds, such as its version: an upgrade changes no token.
+    config = {name: value for name, value in json.loads(model.to_json_string()).items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class TokenDataset(Dataset):
     """The items of a folder of shards, for a generator to train on. Read from memory-mapped files: what is not looked
     at is not loaded, and worker processes share what is.
@@ -267,6 +282,64 @@ class TokenDataset(Dataset):
         for label in found:
             renumbered[label] = numbers[self.id2label[label]]
         self.labels, self.id2label = renumbered[self.labels], dict(id2label)
+
+    def check_autoencoder(self, folder: str | os.PathLike) -> str:
+        """See that a tokenizer can decode these tokens.
+
+        Args:
+            folder: of the tokenizer, or its repository.
+
+        Returns: what is doubtful about it, a sentence; empty if it is the one that made the tokens.
+
+        Raises ValueError: it has another number of texture channels, or another tile.
+        """
+        settings = self.description["settings"]
+        dtype = getattr(torch, settings.get("dtype", "float32"))  # rounded weights have another fingerprint
+        model = AutoencoderGPSToken.from_pretrained(folder, torch_dtype=dtype)
+        for what, found, wanted in (
+            ("texture channels", model.config.texture_channels, self.texture_channels),
+            ("pixels as the side of its tile", model.config.sample_size, self.image_size[0]),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"Expected the tokenizer that made the tokens in {self.folder}, with {wanted} {what}, got {folder} "
+                    f"with {found}. Give that tokenizer by --autoencoder, or encode the pictures with this one."
+                )
+        maker = settings.get("autoencoder")
+        if maker is None or maker == model_fingerprint(model):
+            return ""
+        return f"{folder} is not the tokenizer that made the tokens in {self.folder}: its weights are others."
+
+    def origin(self) -> dict[str, Any]:
+        """What a model trained on these items must remember of them, in JSON's types; see `check_origin`."""
+        return {
+            "classes": [self.id2label[label] for label in sorted(self.id2label)],
+            "autoencoder": self.description["settings"].get("autoencoder"),
+        }
+
+    def check_origin(self, folder: str | os.PathLike, num_classes: int) -> None:
+        """Raises ValueError unless a model was trained on items of these classes, by the same tokenizer.
+
+        Args:
+            folder: of the model; what it remembers is in its `ORIGIN_FILE`, which older folders lack.
+            num_classes: that it knows.
+        """
+        ours, file = self.origin(), Path(folder, ORIGIN_FILE)
+        theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        classes = theirs.get("classes", ours["classes"])
+        # A single class is named after its folder, "train" here and "heldout" there.
+        if num_classes != len(ours["classes"]) or (num_classes > 1 and classes != ours["classes"]):
+            names = f" ({', '.join(classes[:10])})" if theirs else ""
+            raise ValueError(
+                f"Expected a model of the {len(ours['classes'])} classes {', '.join(ours['classes'][:10])} of "
+                f"{self.folder}, got {folder} with {num_classes}{names}. Give the token dataset that it was trained on."
+            )
+        maker, known = ours["autoencoder"], theirs.get("autoencoder")
+        if maker is not None and known is not None and maker != known:
+            raise ValueError(
+                f"Expected a model that was trained on tokens of the tokenizer that made {self.folder}, got {folder}, "
+                "which was trained on those of another. Give the token dataset that it was trained on."
+            )
 
     def layouts(self) -> Tensor:
         """The initial Gaussians of all items: (n, N, 5) float32."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from pipeline_zoo import tiny_pipeline
 from safetensors.torch import load_file, save_file
 
@@ -167,6 +168,21 @@ def test_a_later_version(folder, file, entries, message):
 def test_settings_that_diffusers_itself_adds_are_no_later_version(folder):
     change_json(folder / "transformer" / "config.json", auto_map={"AutoModel": "model.Model"}, _later="private")
     GPSTokenPipeline.from_pretrained(folder)
+
+
+def test_what_a_training_noted_is_left_out_with_a_warning(folder, tmp_path, caplog):
+    """diffusers' EMAModel writes its own state into config.json; other scripts write theirs."""
+    model = GPSTokenPipeline.from_pretrained(folder).transformer
+    averaged = EMAModel(model.parameters(), decay=0.9, model_cls=type(model), model_config=model.config)
+    averaged.save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", global_step=7, learning_rate=1e-3)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert "left out decay, global_step, inv_gamma, learning_rate" in caplog.text
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert EMAModel.from_pretrained(tmp_path, type(model)).decay == 0.9
+    change_json(tmp_path / "config.json", depth=3)
+    with pytest.raises(ValueError, match="does not know: depth[.]"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_a_model_alone_refuses_settings_of_a_later_version_too(folder):

@@ -73,13 +73,14 @@ def _server() -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT / "tests", env=environment, **pipes)
 
 
-def run_script(command: list[object], folder: Path, processes: int = 1) -> None:
-    """Runs a script (its path) or a module (its name) with its arguments on the CPU; the test fails where they do.
+def run_script(command: list[object], folder: Path, processes: int = 1, fails: bool = False) -> str:
+    """Runs a script (its path) or a module (its name) with its arguments on the CPU, and returns what it wrote.
 
     Args:
         command: what to run.
         folder: where to run it; its output goes to log.txt there.
         processes: how many train together.
+        fails: whether it must fail; the test fails where the script does otherwise.
     """
     if not hasattr(os, "fork"):
         pytest.skip("starts processes by fork")
@@ -89,4 +90,6 @@ def run_script(command: list[object], folder: Path, processes: int = 1) -> None:
     server = _server()
     server.stdin.write(json.dumps({**run, "processes": processes}) + "\n")
     server.stdin.flush()
-    assert server.stdout.readline() == "0\n", f"{' '.join(run['command'])}\n{log.read_text()[-4000:]}"
+    code, text = server.stdout.readline(), log.read_text()
+    assert (code == "1\n") == fails and code, f"{' '.join(run['command'])}\n{text[-4000:]}"
+    return text

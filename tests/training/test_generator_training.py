@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import assemble_pipeline
 import pytest
 import torch
+from model_zoo import tiny_model
 from safetensors.torch import load_file
+from script_runs import run_script
 from training_runs import load_script
 
 from gpstoken_diffusers import (
+    AutoencoderGPSToken,
     GPSTokenImageProcessor,
     GPSTokenLayoutModel,
     GPSTokenPipeline,
@@ -22,12 +23,21 @@ from gpstoken_diffusers import (
     partition_image,
 )
 from gpstoken_diffusers.training.flow_matching import FlowMatchingSamples, flow_matching_loss
-from gpstoken_diffusers.training.token_dataset import TokenDataset, shard_path, write_index, write_shard
+from gpstoken_diffusers.training.token_dataset import (
+    ORIGIN_FILE,
+    TokenDataset,
+    model_fingerprint,
+    shard_path,
+    write_index,
+    write_shard,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "train"
 
 
-def made_up_dataset(folder: Path, names: tuple[str, ...] = ("calm", "loud"), count: int = 12) -> Path:
+def made_up_dataset(
+    folder: Path, names: tuple[str, ...] = ("calm", "loud"), count: int = 12, settings: dict | None = None
+) -> Path:
     """Tokens of classes whose textures differ, of pictures of 32 x 32 px in 6 tokens."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +48,7 @@ def made_up_dataset(folder: Path, names: tuple[str, ...] = ("calm", "loud"), cou
     geometry = initial.clone()
     geometry[..., :2] *= 1.1
     tensors = {"initial_geometry": initial, "geometry": geometry, "texture": texture, "label": label}
-    write_shard(shard_path(folder, 0), tensors, [(f"{i}.png", 0) for i in range(count)], {})
+    write_shard(shard_path(folder, 0), tensors, [(f"{i}.png", 0) for i in range(count)], settings or {})
     description = {"id2label": dict(enumerate(names)), "image_size": (32, 32), "autoencoder": {}}
     write_index(folder, 1, description)
     return folder
@@ -49,8 +59,6 @@ TINY = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    from model_zoo import tiny_model
-
     folder = tmp_path_factory.mktemp("training")
     made_up_dataset(folder / "tokens")
     tiny_model("lattice").save_pretrained(folder / "autoencoder")
@@ -59,10 +67,8 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, workplace: Path, output: str, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def run(script: str, workplace: Path, output: str, *more: object, **how) -> str:
+    """A training script on the made-up tokens; `how` as for `run_script`."""
     arguments = {
         "--train_dir": workplace / "tokens",
         "--validation_dir": workplace / "tokens",
@@ -73,20 +79,12 @@ def run(script: str, workplace: Path, output: str, *more: str, processes: int = 
         "--warmup_steps": 2,
         "--checkpointing_steps": 4,
         "--validation_steps": 4,
-        "--save_dtype": "float32",
+        "--report_to": "none",
     }
     if script == "train_texture.py":
         arguments["--autoencoder"] = workplace / "autoencoder"
-    command = [*launcher, EXAMPLES / script, *(part for pair in arguments.items() for part in pair), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [EXAMPLES / script, *(part for pair in arguments.items() for part in pair), *more]
+    return run_script(command, workplace, **how)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -166,14 +164,11 @@ def test_bad_settings(settings):
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(workplace, script, kind):
     name = script.removesuffix(".py")
     more = ("--batch_size", "4", "--max_train_steps", "8")
-    whole = run(script, workplace, f"{name}_whole", *more)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    stopped = run(script, workplace, f"{name}_parts", *more, "--max_minutes", "0")
-    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    run(script, workplace, f"{name}_whole", *more)
+    run(script, workplace, f"{name}_parts", *more, "--max_minutes", "0")
     folder = workplace / f"{name}_parts"
     assert [row["step"] for row in curve(folder)] == [1]
-    resumed = run(script, workplace, f"{name}_parts", *more, "--resume_from_checkpoint", "latest")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    run(script, workplace, f"{name}_parts", *more, "--resume_from_checkpoint", "latest")
     ours, theirs = weights(folder), weights(workplace / f"{name}_whole")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     model = kind.from_pretrained(folder / "model")
@@ -184,9 +179,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(workplace, script,
 
 def test_two_processes_learn_what_one_does(workplace):
     """Of the same samples in each step: two processes of two, or one of four."""
-    one = run("train_texture.py", workplace, "one", "--batch_size", "4", "--max_train_steps", "4")
-    two = run("train_texture.py", workplace, "two", "--batch_size", "2", "--max_train_steps", "4", processes=2)
-    assert one.returncode == 0 and two.returncode == 0, two.stderr[-3000:]
+    run("train_texture.py", workplace, "one", "--batch_size", "4", "--max_train_steps", "4")
+    run("train_texture.py", workplace, "two", "--batch_size", "2", "--max_train_steps", "4", processes=2)
     ours, theirs = weights(workplace / "two"), weights(workplace / "one")
     for key, expected in theirs.items():
         # Sums of gradients in another order; Muon's orthogonalisation is in bfloat16.
@@ -194,34 +188,78 @@ def test_two_processes_learn_what_one_does(workplace):
 
 
 def test_it_learns(workplace):
-    done = run(
+    run(
         "train_texture.py", workplace, "long", "--batch_size", "8", "--max_train_steps", "60",
         "--learning_rate", "5e-3", "--ema_decay", "0.9", "--validation_steps", "30", "--checkpointing_steps", "60",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     first, last = curve(workplace / "long")
     # A fresh network predicts 0, whose loss is that of unit noise and unit data: 2.
     assert last["validation_loss"] < first["validation_loss"] < 1.5
 
 
-def test_both_stages_make_a_pipeline(workplace, monkeypatch):
-    """After the runs above: their models, put together, draw."""
-    import assemble_pipeline
+def assemble(output: Path, *more: str, **folders: Path) -> GPSTokenPipeline:
+    options = [str(part) for name, folder in folders.items() for part in (f"--{name}", folder)]
+    assemble_pipeline.main([*options, "--output", str(output), *more])
+    return GPSTokenPipeline.from_pretrained(output)
 
-    assemble_pipeline.main(
-        [
-            "--autoencoder", str(workplace / "autoencoder"),
-            "--transformer", str(workplace / "train_texture_whole" / "model"),
-            "--layout_model", str(workplace / "train_layout_whole" / "model"),
-            "--tokens", str(workplace / "tokens"),
-            "--output", str(workplace / "pipeline"),
-        ]
-    )  # fmt: skip
-    pipe = GPSTokenPipeline.from_pretrained(workplace / "pipeline")
+
+def test_both_stages_make_a_pipeline(workplace):
+    """After the runs above: their models, put together, draw."""
+    parts = {
+        "autoencoder": workplace / "autoencoder",
+        "transformer": workplace / "train_texture_whole" / "model",
+        "layout_model": workplace / "train_layout_whole" / "model",
+    }
+    pipe = assemble(workplace / "pipeline", **parts, tokens=workplace / "tokens")
     assert pipe.id2label == {0: "calm", 1: "loud"}
     assert pipe("loud", num_inference_steps=2, layout_num_inference_steps=2).images[0].size == (32, 32)
     # The tokenizer's folder is of use by itself.
     assert GPSTokenImageProcessor.from_pretrained(workplace / "pipeline" / "autoencoder").tile_size == 32
+    made_up_dataset(workplace / "swapped", ("loud", "calm"))
+    for part in ("transformer", "layout_model"):
+        with pytest.raises(
+            ValueError, match=r"of the 2 classes loud, calm of .*swapped, got .*model with 2 \(calm, loud"
+        ):
+            some = {name: folder for name, folder in parts.items() if name in ("autoencoder", "transformer", part)}
+            assemble(workplace / "nothing", **some, tokens=workplace / "swapped")
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+    names = ("own", "tuned", "wide", "large")
+    changes = ({}, {"seed": 1}, {"texture_channels": 8}, {"sample_size": 64, "map_size": 16})
+    for name, change in zip(names, changes, strict=True):
+        tiny_model("lattice", **change).save_pretrained(tmp_path / name)
+    maker = {"autoencoder": model_fingerprint(AutoencoderGPSToken.from_pretrained(tmp_path / "own"))}
+    tokens = made_up_dataset(tmp_path / "tokens", settings=maker)
+    three = made_up_dataset(tmp_path / "three", ("a", "b", "c"), settings=maker)
+    elsewhere = made_up_dataset(tmp_path / "elsewhere", settings={"autoencoder": "another's"})
+    model = GPSTokenTransformerModel(**TINY, texture_channels=4, num_tokens=6, num_classes=2)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / ORIGIN_FILE).write_text(json.dumps(TokenDataset(tokens).origin()))
+    own = {"autoencoder": tmp_path / "own", "transformer": tmp_path / "model", "tokens": tokens}
+    for change, message in (
+        ({"autoencoder": tmp_path / "tuned"}, "tuned is not the tokenizer .*--other_tokenizer"),
+        ({"autoencoder": tmp_path / "wide"}, "with 4 texture channels, got .*wide with 8"),
+        ({"autoencoder": tmp_path / "large"}, "with 32 pixels as the side of its tile, got .*large with 64"),
+        ({"tokens": three}, "of the 3 classes a, b, c of .*got .*model with 2"),
+        ({"tokens": elsewhere}, "not the tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            assemble(tmp_path / "out", **own | change)
+        assert not (tmp_path / "out").exists()
+    # Trained on tokens of another tokenizer than these, which are the given one's.
+    maker = {"autoencoder": model_fingerprint(AutoencoderGPSToken.from_pretrained(tmp_path / "tuned"))}
+    others = {"autoencoder": tmp_path / "tuned", "tokens": made_up_dataset(tmp_path / "others", settings=maker)}
+    with pytest.raises(ValueError, match="trained on those of another"):
+        assemble(tmp_path / "out", **own | others)
+    train_texture = load_script(EXAMPLES / "train_texture.py")
+    with pytest.raises(ValueError, match="with 4 texture channels, got .*wide with 8"):
+        train_texture.main(["--train_dir", str(tokens), "--output_dir", "x", "--autoencoder", str(tmp_path / "wide")])
+    # None of these folders holds an image processor's settings; what follows from the model takes their place.
+    pipe = assemble(tmp_path / "out", **own)
+    assert GPSTokenImageProcessor.from_pretrained(tmp_path / "out" / "autoencoder").tile_size == 32
+    assert pipe.image_processor.num_tokens == 6
+    assemble(tmp_path / "out", "--other_tokenizer", **own | {"autoencoder": tmp_path / "tuned"})
 
 
 @pytest.mark.parametrize("script, kind", [
@@ -253,20 +291,19 @@ def test_validation_classes_are_matched_by_name(workplace, tmp_path):
     other.use_classes({0: "calm", 1: "loud", 2: "none of them"})
     assert [other.id2label[label] for label in other.labels.tolist()] == names and other[0]["label"] == 1
     made_up_dataset(tmp_path / "strange", ("calm", "strange"))
-    failed = run("train_layout.py", workplace, "strange", "--validation_dir", tmp_path / "strange")
-    assert failed.returncode != 0 and "got strange in" in failed.stderr
+    assert "got strange in" in run(
+        "train_layout.py", workplace, "strange", "--validation_dir", tmp_path / "strange", fails=True
+    )
 
 
 def test_a_missing_dataset_is_named(workplace):
-    failed = run("train_layout.py", workplace, "none", "--train_dir", str(workplace / "nowhere"))
-    assert failed.returncode != 0
-    assert "nowhere" in failed.stderr
+    text = run("train_layout.py", workplace, "none", "--train_dir", workplace / "nowhere", fails=True)
+    assert "nowhere/dataset.json: no such file" in text
 
 
 def test_a_model_goes_on_with_tokens_of_another_tokenizer(workplace):
     """Its weights are taken over, and latents are standardised by what the new tokens are."""
-    finished = run("train_texture.py", workplace, "first", "--max_train_steps", "4")
-    assert finished.returncode == 0, finished.stderr
+    run("train_texture.py", workplace, "first", "--max_train_steps", "4")
     folder = workplace / "moved"
     shutil.copytree(workplace / "first" / "model", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -274,11 +311,10 @@ def test_a_model_goes_on_with_tokens_of_another_tokenizer(workplace):
     config["latents_mean"] = [value + 1 for value in known[0]]
     (folder / "config.json").write_text(json.dumps(config))
     for output, more in (("kept", ()), ("renewed", ("--new_statistics",))):
-        finished = run(
+        run(
             "train_texture.py", workplace, output, "--pretrained", folder, *more,
             "--max_train_steps", "4", "--learning_rate", "0", "--adam_learning_rate", "0",
         )  # fmt: skip
-        assert finished.returncode == 0, finished.stderr
         trained = json.loads((workplace / output / "model" / "config.json").read_text())
         expected = known[0] if more else config["latents_mean"]
         assert trained["latents_mean"] == pytest.approx(expected) and trained["latents_std"] == pytest.approx(known[1])
