@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from gpstoken_diffusers.image_processor import GPSTokenImageProcessor, ImageLike
 from gpstoken_diffusers.layouts.bank import LayoutBank
 from gpstoken_diffusers.layouts.calibration import calibrate_layout
+from gpstoken_diffusers.models.attention import autocast_disabled
 from gpstoken_diffusers.models.autoencoder_gpstoken import AutoencoderGPSToken
 from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerModel
 from gpstoken_diffusers.models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
@@ -296,7 +297,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
 
         def network(noisy: Tensor, time: Tensor, label: Tensor) -> Tensor:
-            return self.layout_model(noisy, time, label).sample
+            with autocast_disabled(noisy):  # see the model's note on precision
+                return self.layout_model(noisy, time, label).sample
 
         shape = (num_tokens, LAYOUT_CHANNELS)
         latents = self._sample("layout", network, labels, shape, generator, latents, settings)

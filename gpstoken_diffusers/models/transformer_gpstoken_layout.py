@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -45,12 +47,20 @@ class GPSTokenLayoutModel(
         hidden_size, num_layers, num_attention_heads: the transformer.
         coordinate_frequencies: octaves of [`fourier_features`] by which the noisy latents are embedded.
         latents_mean, latents_std: four numbers each that standardise the latents; None for 0 and 1.
+
+    Precision: weights and arithmetic stay float32, whatever precision the model is loaded in or cast to; the model is
+    small. Calibration makes whole pixels of what is drawn: roundings would give other regions, and the same seed
+    another picture. Autocast is followed, for training; the pipeline turns it off.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConditionalBlock"]
     _repeated_blocks = ["ConditionalBlock"]
     _skip_layerwise_casting_patterns = ["_embedding", "norm", "modulation", "head"]
+    # All of it: for `from_pretrained`, and for layerwise casting, which leaves these as they are.
+    _keep_in_fp32_modules = [
+        "token_embedding", "place_embedding", "time_embedding", "class_embedding", "blocks", "head",
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(
@@ -74,6 +84,15 @@ class GPSTokenLayoutModel(
         self.head = ConditionalHead(hidden_size, LAYOUT_CHANNELS)
         initialise_generator(self)
         self.gradient_checkpointing = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPSTokenLayoutModel:
+        # `to`, `half`, `bfloat16` and the `to` of whatever holds this model end here.
+        def in_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_rounded = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize == 4
+            return tensor.to(moved.device) if is_rounded else moved
+
+        return super()._apply(in_float32, recurse)
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True

@@ -7,7 +7,7 @@ import torch
 from model_zoo import noise_images
 from pipeline_zoo import tiny_layout_model
 
-from gpstoken_diffusers import calibrate_layout, partition_image
+from gpstoken_diffusers import GPSTokenLayoutModel, calibrate_layout, partition_image
 from gpstoken_diffusers.models.transformer_gpstoken_layout import z_curve_order
 
 
@@ -58,6 +58,44 @@ def test_place_time_and_class_matter():
     assert (velocity[0] - velocity[1]).abs().max() > 1e-4
     assert (velocity[0, 0] - velocity[0, 1]).abs().max() > 1e-4
     assert (velocity - later).abs().max() > 1e-4
+
+
+def load_rounded(model, folder):
+    model.save_pretrained(folder)
+    return GPSTokenLayoutModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+def cast_layerwise(model, _):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize(
+    "round_off",
+    [
+        load_rounded,
+        cast_layerwise,
+        lambda model, _: model.to(torch.bfloat16),
+        lambda model, _: model.to("cpu", torch.float16),
+        lambda model, _: model.half(),
+        lambda model, _: model.type(torch.bfloat16),
+        lambda model, _: torch.nn.ModuleList([model]).bfloat16()[0],
+        lambda model, _: torch.nn.ModuleList([model]).to(torch.bfloat16)[0].to("cpu"),
+    ],
+)
+def test_it_stays_float32(round_off, tmp_path):
+    latents = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    inputs = latents, torch.tensor([0.3]), torch.tensor([1])
+    with torch.no_grad():
+        expected = tiny_layout_model()(*inputs).sample
+        model = round_off(tiny_layout_model(), tmp_path)
+        ours = model(*inputs).sample
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(ours, expected)  # rounded weights alone would make it differ by 1e-2
+
+
+def test_it_can_be_float64():
+    assert tiny_layout_model().double().blocks[0].ff[0].weight.dtype == torch.float64
 
 
 def test_bad_input():
