@@ -38,6 +38,17 @@ def image_to_pil(image: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in eight_bit]
 
 
+NO_MASK = (64, 64)
+"""What Load Image gives as the mask of a picture without transparency has this size, and is zero everywhere."""
+
+
+def given_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask, or None if there is none: nothing is connected, or a picture without transparency."""
+    if mask is None or (tuple(mask.shape[-2:]) == NO_MASK and not mask.any()):
+        return None
+    return mask
+
+
 def fitting_mask(mask: torch.Tensor, batch_size: int, size: tuple[int, int]) -> torch.Tensor:
     """MASK (1 or B, H, W) -> (B, H, W) float32 in [0, 1].
 
@@ -48,8 +59,7 @@ def fitting_mask(mask: torch.Tensor, batch_size: int, size: tuple[int, int]) -> 
     if tuple(mask.shape[-2:]) != tuple(size):
         raise ValueError(
             f"The mask has {mask.shape[-1]} x {mask.shape[-2]} pixels, the picture {size[1]} x {size[0]} (width x "
-            "height): a mask must have the picture's size. Load Image gives a mask of 64 x 64 for a picture without "
-            "transparency: draw one in its mask editor, or resize yours."
+            "height): a mask must have the picture's size. Draw one in the mask editor of Load Image, or resize yours."
         )
     if len(mask) not in (1, batch_size):
         raise ValueError(f"There are {len(mask)} masks for {batch_size} pictures: give one, or one for each.")

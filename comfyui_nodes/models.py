@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +22,10 @@ FOLDER = "gpstoken"
 SHIPPED = "gpstoken-mini (shipped)"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Feature maps of a tile that a decoder holds at once: a rough upper bound, by which ComfyUI makes room.
+# Feature maps of a tile that a network holds at once: a rough upper bound, by which ComfyUI makes room.
 _CHANNELS_IN_FLIGHT = 512
 _TILES_IN_FLIGHT = 4
+GB = 10**9
 
 
 def list_models() -> list[str]:
@@ -63,12 +67,55 @@ def model_fingerprint(name: str) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
+def network_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
+    """What networks compute in. "auto" is ComfyUI's choice, or the nearest to it in which they can compute.
+
+    ComfyUI's launch flags name float8 and float64 too, which its own layers cast from; ours compute in what they hold.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if dtype != "auto":
+        return DTYPES[dtype]
+    known = [torch.bfloat16, torch.float16, torch.float32]
+    wanted = memory.unet_dtype(device, supported_dtypes=known)
+    if wanted in known:
+        return wanted
+    if wanted.itemsize > 4:
+        nearest = torch.float32
+    else:  # both hold every float8 number
+        nearest = torch.bfloat16 if device.type == "cpu" or memory.should_use_bf16(device) else torch.float16
+    _say_once(f"GPSToken's networks cannot compute in {wanted}, which ComfyUI was started with: they take {nearest}.")
+    return nearest
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.warning(text)
+
+
 class _Box(torch.nn.Module):
-    """ModelPatcher writes `model.device`, which diffusers' models do not allow."""
+    """ModelPatcher writes `model.device`, which diffusers' models do not allow. Logs show the name of its class."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
         self.network = network
+
+
+def _boxed(network: torch.nn.Module) -> _Box:
+    return type(type(network).__name__, (_Box,), {})(network)
+
+
+class _WholePatcher(ModelPatcher):
+    """Loads and unloads a network as a whole, whatever ComfyUI was started with.
+
+    ComfyUI's layers fetch weights that lie elsewhere when they run, diffusers' do not: half a network cannot run.
+    """
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        return super().load(device_to, 0, force_patch_weights, True)
+
+    def partially_unload(self, *args, **kwargs) -> int:
+        return 0  # nothing was freed: ComfyUI then unloads all of it
 
 
 class GPSModel:
@@ -80,7 +127,7 @@ class GPSModel:
         self.load_device, self.offload_device = memory.get_torch_device(), memory.unet_offload_device()
         self._networks = networks
         self._patchers = {
-            part: ModelPatcher(_Box(network), self.load_device, self.offload_device)
+            part: _WholePatcher(_boxed(network), self.load_device, self.offload_device)
             for part, network in networks.items()
         }
         self._pipeline: GPSTokenInpaintPipeline | None = None
@@ -95,10 +142,8 @@ class GPSModel:
         """
         from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokenPipeline
 
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        wanted = network_dtype(memory.get_torch_device(), dtype)
         path = find_model(name)
-        wanted = DTYPES[dtype] or memory.unet_dtype(supported_dtypes=[torch.bfloat16, torch.float16, torch.float32])
         if (path / "model_index.json").is_file():
             pipe = GPSTokenPipeline.from_pretrained(path, dtype=wanted, local_files_only=True)
             networks = {part: value for part, value in pipe.components.items() if isinstance(value, torch.nn.Module)}
@@ -117,10 +162,59 @@ class GPSModel:
         """Side in pixels of a tile."""
         return self._networks["autoencoder"].config.sample_size
 
+    def __repr__(self) -> str:
+        autoencoder = self._networks["autoencoder"]
+        return f"GPSToken model {self.name}: {', '.join(self._networks)} in {str(autoencoder.dtype).split('.')[1]}"
+
+    # ComfyUI's cache of results looks for these three where memory runs out: in older versions for the first.
+
+    def get_ram_usage(self) -> int:
+        """Bytes of all networks."""
+        return sum(patcher.model_size() for patcher in self._patchers.values())
+
+    @property
+    def patcher(self) -> ModelPatcher:
+        """What holds the tokenizer."""
+        return self._patchers["autoencoder"]
+
+    def get_models(self) -> list[ModelPatcher]:
+        """What holds each network."""
+        return list(self._patchers.values())
+
     def autoencoder(self) -> AutoencoderGPSToken:
         """The tokenizer, on the device that ComfyUI computes on."""
-        self._load("autoencoder")
+        self._load("autoencoder", needed=self._tile_bytes * _TILES_IN_FLIGHT)
         return self._networks["autoencoder"]
+
+    @contextmanager
+    def at_work(self, memory_gb: float = 0.0, tiles: int = _TILES_IN_FLIGHT, tokens: int = 0):
+        """Inside, the tokenizer is on the device that ComfyUI computes on, and Cancel ends what it does.
+
+        Args:
+            memory_gb: what it may work in; 0 is what ComfyUI has free, where that is not plenty.
+            tiles: how many it would take at once.
+            tokens: per tile; 0 is the model's own number.
+
+        Raises ValueError: less memory than it needs; the message says the least that works.
+        """
+        network = self._networks["autoencoder"]
+        needed = self._tile_bytes * tiles
+        budget = int(memory_gb * GB) if memory_gb else None
+        network.set_memory_budget(budget)
+        self._load("autoencoder", needed=budget or needed)
+        if budget is None:
+            free = memory.get_free_memory(self.load_device) - memory.extra_reserved_memory()
+            if free < needed:
+                plan = network.work_plan
+                least = plan.encoding_bytes(1, tokens or network.config.num_tokens)
+                network.set_memory_budget(int(max(free, least, network.decoder.least_bytes(plan))))
+        hooks = [module.register_forward_pre_hook(_stop_if_cancelled) for module in network.modules()]
+        try:
+            yield network
+        finally:
+            for hook in hooks:
+                hook.remove()
+            network.set_memory_budget(None)
 
     def pipeline(self, *parts: str) -> GPSTokenInpaintPipeline:
         """The pipeline, those of its networks that are named on the device that ComfyUI computes on.
@@ -134,14 +228,19 @@ class GPSModel:
                 f"model that can in Load GPSToken, such as {SHIPPED}"
                 + (", or take a layout from a picture." if "layout_model" in missing else ".")
             )
-        self._load(*parts)
+        self._load(*parts, needed=self._tile_bytes * (_TILES_IN_FLIGHT if "autoencoder" in parts else 1))
         return self._pipeline
 
-    def _load(self, *parts: str) -> None:
-        tile = self.sample_size**2 * _CHANNELS_IN_FLIGHT * 4
-        needed = tile * (_TILES_IN_FLIGHT if "autoencoder" in parts else 1)
-        # Whole: diffusers' layers do not know how to run from weights that lie elsewhere.
+    @property
+    def _tile_bytes(self) -> int:
+        return self.sample_size**2 * _CHANNELS_IN_FLIGHT * 4
+
+    def _load(self, *parts: str, needed: int) -> None:
         memory.load_models_gpu([self._patchers[part] for part in parts], memory_required=needed, force_full_load=True)
+
+
+def _stop_if_cancelled(module: torch.nn.Module, args: tuple) -> None:
+    memory.throw_exception_if_processing_interrupted()
 
 
 def _managed(pipe: object, device: torch.device) -> GPSTokenInpaintPipeline:
@@ -166,6 +265,11 @@ class Progress:
         memory.throw_exception_if_processing_interrupted()
         self._done += 1
         self._bar.update_absolute(self._done, total, preview)
+
+    def share(self, done: float) -> None:
+        """That share of the total is done, above 0 and at most 1. Raises ComfyUI's interruption on Cancel."""
+        memory.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(round(done * self._bar.total))
 
 
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))

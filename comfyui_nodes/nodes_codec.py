@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import comfy.utils
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
+from server import PromptServer
 
-from .images import fitting_mask, from_image, to_image
-from .sockets import GPSLayoutSocket, GPSTokensSocket, model_input
+from .images import fitting_mask, from_image, given_mask, to_image
+from .models import Progress
+from .sockets import GPSLayoutSocket, GPSTokensSocket, memory_input, model_input, searched_as
 
+MAX_TOKENS = 1024  # a tile has 32 x 32 regions of 8 x 8 px, the smallest
 TILINGS = ["auto", "merge", "tile"]
 SCALINGS = ["resample", "render"]
 
@@ -19,7 +22,7 @@ def num_tokens_input(default: int) -> io.Input:
         "num_tokens",
         default=default,
         min=1,
-        max=4096,
+        max=MAX_TOKENS,
         tooltip="Tokens for each 256 x 256 px of the picture, at most 1024. More of them keep more detail.",
     )
 
@@ -45,7 +48,7 @@ def importance_inputs() -> list[io.Input]:
 def partition_arguments(image, num_tokens, importance, importance_strength) -> dict:
     """What the image processor takes, from the inputs of a node."""
     arguments = {"num_tokens": num_tokens}
-    if importance is not None:
+    if (importance := given_mask(importance)) is not None:
         mask = fitting_mask(importance, len(image), tuple(image.shape[1:3]))
         arguments |= {"importance": list(mask), "importance_strength": importance_strength}
     return arguments
@@ -61,11 +64,14 @@ class GPSEncode(io.ComfyNode):
             display_name="GPS Encode",
             category="GPSToken",
             description="Turns a picture into Gaussian tokens: where each lies, its size and shape, and what it shows.",
+            **searched_as("vae", "vae encode"),
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 model_input(),
                 io.Image.Input("image", tooltip="Pictures of any size; large ones are cut into tiles."),
                 num_tokens_input(256),
                 *importance_inputs(),
+                memory_input(),
             ],
             outputs=[
                 GPSTokensSocket.Output("tokens_out", display_name="tokens", tooltip="Refined Gaussians with texture."),
@@ -76,15 +82,30 @@ class GPSEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, image, num_tokens, importance=None, importance_strength=4.0) -> io.NodeOutput:
+    def execute(
+        cls, model, image, num_tokens, importance=None, importance_strength=4.0, memory_gb=0.0
+    ) -> io.NodeOutput:
         arguments = partition_arguments(image, num_tokens, importance, importance_strength)
         features = model.processor(from_image(image), **arguments)
-        autoencoder = model.autoencoder()
-        pixels = features["pixel_values"].to(model.load_device, autoencoder.dtype)
-        tokens = autoencoder.encode(pixels, features["geometry"], features["regions"]).tokens
-        tokens = tokens.to("cpu", torch.float32)  # whatever the networks compute in: tokens of two models mix
+        tiles, progress = len(features["regions"]), Progress(len(features["regions"]))
+        at_once = tiles if tiles == len(image) else 4
+        with model.at_work(memory_gb, at_once, num_tokens) as autoencoder:
+            pixels = features["pixel_values"].to(model.load_device, autoencoder.dtype)
+            found = autoencoder.encode(pixels, features["geometry"], features["regions"], progress=progress.share)
+        tokens = found.tokens.to("cpu", torch.float32)  # whatever the networks compute in: tokens of two models mix
         layout = tokens.with_tiles(features["geometry"], features["geometry"][..., :1] * 0)
-        return io.NodeOutput(tokens, layout)
+        said = size_of(tokens)
+        PromptServer.instance.send_progress_text(said, cls.hidden.unique_id)
+        return io.NodeOutput(tokens, layout, ui=ui.PreviewText(said))
+
+
+def size_of(tokens) -> str:
+    """How many tokens there are, and how many bytes their numbers take in a file of Save GPS Tokens."""
+    size = sum(numbers.numel() * numbers.element_size() for numbers in (tokens.geometry, tokens.texture))
+    count = f"{tokens.num_tokens} tokens"
+    if tokens.batch_size > 1:
+        count = f"{tokens.batch_size} pictures of {count}"
+    return f"{count}, {size / 1000:,.0f} kB"
 
 
 class GPSDecode(io.ComfyNode):
@@ -97,6 +118,7 @@ class GPSDecode(io.ComfyNode):
             display_name="GPS Decode",
             category="GPSToken",
             description="Paints a picture from its tokens, at its own size or at another.",
+            **searched_as("vae", "vae decode"),
             inputs=[
                 model_input(),
                 GPSTokensSocket.Input("tokens", tooltip="What to paint, made by the same model."),
@@ -136,20 +158,24 @@ class GPSDecode(io.ComfyNode):
                         "encoded. auto: as the model is configured. gpstoken-mini always merges."
                     ),
                 ),
+                memory_input(),
             ],
             outputs=[io.Image.Output("image_out", display_name="image", tooltip="The picture, or the batch.")],
         )
 
     @classmethod
-    def execute(cls, model, tokens, width=0, height=0, scaling="resample", tiling="auto") -> io.NodeOutput:
+    def execute(
+        cls, model, tokens, width=0, height=0, scaling="resample", tiling="auto", memory_gb=0.0
+    ) -> io.NodeOutput:
         for name, value, known in (("tiling", tiling, TILINGS), ("scaling", scaling, SCALINGS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
-        autoencoder = model.autoencoder()
-        tokens = tokens.validate().to(model.load_device, autoencoder.dtype)
         size = output_size(tokens.image_size, width, height)
-        rendered = size if scaling == "render" else None
-        sample = autoencoder.decode(tokens, mode=None if tiling == "auto" else tiling, size=rendered).sample
+        rendered, mode = size if scaling == "render" else None, None if tiling == "auto" else tiling
+        progress, at_once = Progress(1000), tokens.batch_size if tokens.tile_grid == (1, 1) else 4
+        with model.at_work(memory_gb, at_once, tokens.tokens_per_tile) as autoencoder:
+            tokens = tokens.validate().to(model.load_device, autoencoder.dtype)
+            sample = autoencoder.decode(tokens, mode=mode, size=rendered, progress=progress.share).sample
         pictures = model.processor.postprocess(sample, "pt")
         if size is not None and tuple(pictures.shape[-2:]) != size:
             pictures = comfy.utils.common_upscale(pictures, size[1], size[0], "lanczos", "disabled")

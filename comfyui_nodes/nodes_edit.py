@@ -6,8 +6,8 @@ import math
 
 from comfy_api.v0_0_2 import io
 
-from .images import fitting_mask
-from .sockets import GPSTokensSocket
+from .images import fitting_mask, given_mask
+from .sockets import GPSTokensSocket, searched_as
 
 ACTIONS = ["move", "scale", "rotate", "flip horizontally", "flip vertically", "duplicate", "delete"]
 MASK_SELECTS = ["center", "footprint"]
@@ -27,6 +27,7 @@ class GPSEditTokens(io.ComfyNode):
             node_id="GPSEditTokens",
             display_name="GPS Edit Tokens",
             category="GPSToken/edit",
+            **searched_as("move", "scale", "rotate"),
             description=(
                 "Moves, scales, turns, mirrors, duplicates or deletes tokens: all, those under a mask, or those of "
                 "a certain size. With gpstoken-mini, pixels far from them stay exactly as they are."
@@ -119,7 +120,7 @@ class GPSEditTokens(io.ComfyNode):
         from gpstoken_diffusers import token_editing
 
         selection = token_editing.select_by_size(tokens, smallest_px, largest_px or math.inf)
-        if mask is not None:
+        if (mask := given_mask(mask)) is not None:
             mask = fitting_mask(mask, tokens.batch_size, tokens.image_size)
             selection = selection & token_editing.select_by_mask(tokens, mask, mask_selects)
         if not selection.any():
@@ -149,6 +150,7 @@ class GPSMergeTokens(io.ComfyNode):
             node_id="GPSMergeTokens",
             display_name="GPS Merge Tokens",
             category="GPSToken/edit",
+            **searched_as("composite"),
             description="Puts two pictures together: tokens of one under a mask, of the other elsewhere.",
             inputs=[
                 GPSTokensSocket.Input("outside", tooltip="The picture outside the mask."),
@@ -175,6 +177,7 @@ class GPSSwapTexture(io.ComfyNode):
             node_id="GPSSwapTexture",
             display_name="GPS Swap Texture",
             category="GPSToken/edit",
+            **searched_as(),
             description="Fills the Gaussians of one picture with what their counterparts show in another.",
             inputs=[
                 GPSTokensSocket.Input("geometry", tooltip="The picture whose Gaussians stay."),
@@ -199,6 +202,7 @@ class GPSInterpolate(io.ComfyNode):
             node_id="GPSInterpolate",
             display_name="GPS Interpolate",
             category="GPSToken/edit",
+            **searched_as("morph"),
             description="Makes a batch of pictures between two: every Gaussian travels to its counterpart.",
             inputs=[
                 GPSTokensSocket.Input("first", tooltip="One picture."),

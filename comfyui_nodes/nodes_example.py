@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from . import installation
 from .images import pil_to_image
+from .sockets import searched_as
 
 PICTURES = ["kingfisher", "duck", "honey pot"]
 
@@ -19,6 +20,7 @@ class GPSExampleImage(io.ComfyNode):
             node_id="GPSExampleImage",
             display_name="GPS Example Image",
             category="GPSToken/files",
+            **searched_as(),
             description="A picture that ships with GPSToken. For your own, put Load Image in its place.",
             inputs=[
                 io.Combo.Input(

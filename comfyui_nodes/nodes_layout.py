@@ -8,7 +8,7 @@ from .images import from_image
 from .models import Progress
 from .nodes_codec import importance_inputs, num_tokens_input, partition_arguments
 from .nodes_texture import label_of, seeds
-from .sockets import GPSLayoutSocket, label_input, model_input, seed_input, steps_input
+from .sockets import GPSLayoutSocket, label_input, model_input, searched_as, seed_input, steps_input
 
 
 def layout_output() -> io.Output:
@@ -25,6 +25,7 @@ class GPSLayoutFromImage(io.ComfyNode):
             node_id="GPSLayoutFromImage",
             display_name="GPS Layout from Image",
             category="GPSToken/layout",
+            **searched_as(),
             description="Takes from a picture only where Gaussians lie: many where it is busy. No network runs for it.",
             inputs=[
                 model_input(),
@@ -50,6 +51,7 @@ class GPSLayoutGenerate(io.ComfyNode):
             node_id="GPSLayoutGenerate",
             display_name="GPS Layout Generate",
             category="GPSToken/layout",
+            **searched_as("sampler", "generate"),
             description="Draws at random where the Gaussians of new pictures lie, and snaps them to valid layouts.",
             inputs=[
                 model_input(),
@@ -101,6 +103,7 @@ class GPSLayoutFromMask(io.ComfyNode):
             node_id="GPSLayoutFromMask",
             display_name="GPS Layout from Mask",
             category="GPSToken/layout",
+            **searched_as(),
             description="Makes a layout with many small Gaussians where a mask is bright, few large ones elsewhere.",
             inputs=[
                 model_input(),
@@ -136,6 +139,7 @@ class GPSLayoutFromBoxes(io.ComfyNode):
             node_id="GPSLayoutFromBoxes",
             display_name="GPS Layout from Boxes",
             category="GPSToken/layout",
+            **searched_as("regions"),
             description="Makes a layout from boxes: each is one Gaussian, or is halved until there are enough.",
             inputs=[
                 model_input(),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.v0_0_2 import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
-from .sockets import GPSLayoutSocket, GPSTokensSocket
+from .sockets import GPSLayoutSocket, GPSTokensSocket, searched_as
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ class GPSLayoutEditor(io.ComfyNode):
             node_id="GPSLayoutEditor",
             display_name="GPS Layout Editor",
             category="GPSToken",
+            **searched_as("draw", "canvas"),
             description=(
                 "Shows Gaussians as ellipses, to be moved, scaled, turned, added, deleted with the mouse. Run once "
                 "to see them; from then on each run applies what was done."

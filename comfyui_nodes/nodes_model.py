@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from . import installation
 from .models import DTYPES, GPSModel, find_model, list_models, model_fingerprint
-from .sockets import GPSModelSocket
+from .sockets import GPSModelSocket, searched_as
 
 
 class LoadGPSToken(io.ComfyNode):
@@ -18,6 +18,7 @@ class LoadGPSToken(io.ComfyNode):
             node_id="LoadGPSToken",
             display_name="Load GPSToken",
             category="GPSToken",
+            **searched_as("vae", "load vae", "checkpoint"),
             description=(
                 "Loads a GPSToken model: the small one that ships with the package, a folder that save_pretrained "
                 "wrote, or an official .safetensors file. Put others into ComfyUI/models/gpstoken."
@@ -33,7 +34,7 @@ class LoadGPSToken(io.ComfyNode):
                     options=list(DTYPES),
                     default="auto",
                     optional=True,
-                    tooltip="What the networks compute in. auto: what ComfyUI chooses for this device.",
+                    tooltip="What the networks compute in. auto: what ComfyUI chooses for this device, or the nearest.",
                 ),
             ],
             outputs=[
@@ -44,17 +45,19 @@ class LoadGPSToken(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
         try:
             installation.check()
-            find_model(model_name)
+            if model_name is not None:  # else it comes from another node, and is not known yet
+                find_model(model_name)
         except (ValueError, RuntimeError) as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, dtype: str = "auto") -> object:
-        return model_fingerprint(model_name)
+    def fingerprint_inputs(cls, model_name: str | None = None, dtype: str | None = "auto") -> object:
+        # Of a name that another node gives, nothing is known but that it is one of these.
+        return [model_fingerprint(name) for name in ([model_name] if model_name is not None else list_models())]
 
     @classmethod
     def execute(cls, model_name: str, dtype: str = "auto") -> io.NodeOutput:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import time
 
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy_api.v0_0_2 import io
 
-from .images import fitting_mask, image_to_pil, to_image
+from .images import fitting_mask, given_mask, image_to_pil, to_image
 from .models import Progress
-from .sockets import SAMPLERS, GPSLayoutSocket, GPSTokensSocket, label_input, model_input, seed_input, steps_input
+from .sockets import (
+    SAMPLERS,
+    GPSLayoutSocket,
+    GPSTokensSocket,
+    label_input,
+    model_input,
+    searched_as,
+    seed_input,
+    steps_input,
+)
 
 PREVIEW_SHARE = 0.2  # of the time; with quick networks, not every step is shown
-PREVIEW_PX = 512
 
 
 def label_of(text: str) -> str | int | None:
@@ -40,6 +49,7 @@ class GPSTextureGenerate(io.ComfyNode):
                 "Generates what the Gaussians of a layout show. With tokens connected, it starts from those: denoise "
                 "says how far to go, and a mask which part of the picture to make anew."
             ),
+            **searched_as("sampler", "inpaint", "generate"),
             inputs=[
                 model_input(),
                 GPSLayoutSocket.Input("layout", tooltip="Where the Gaussians lie."),
@@ -52,7 +62,8 @@ class GPSTextureGenerate(io.ComfyNode):
                     default="unipc",
                     tooltip=(
                         "unipc, dpm++ and heun do well in 20 steps, though those of heun take twice as long. euler and "
-                        "sde want 50, official-sde and official-ode-euler 250. official-ode chooses its steps itself."
+                        "sde want 50, official-sde, official-sde-heun and official-ode-euler 250. official-ode chooses "
+                        "its steps itself."
                     ),
                 ),
                 io.Float.Input(
@@ -119,6 +130,7 @@ class GPSTextureGenerate(io.ComfyNode):
         from gpstoken_diffusers import make_sampler
         from gpstoken_diffusers.token_editing import select_by_mask
 
+        mask = given_mask(mask)
         if tokens is None and (denoise < 1 or mask is not None):
             given = "a mask is connected" if mask is not None else f"denoise is {denoise:g}"
             raise ValueError(f"{given}, but no tokens to start from: connect those of GPS Encode.")
@@ -158,9 +170,10 @@ class _Preview(Progress):
 
         started = time.monotonic()
         preview = None
-        if started >= self._not_before:
+        # Read each time: ComfyUI changes it with every prompt that has a setting of its own.
+        if args.preview_method != LatentPreviewMethod.NoPreviews and started >= self._not_before:
             pictures = pipe.decode(given["tokens"][:1], "pt")
-            preview = ("JPEG", image_to_pil(to_image(pictures))[0], PREVIEW_PX)
+            preview = ("JPEG", image_to_pil(to_image(pictures))[0], args.preview_size)
             finished = time.monotonic()
             self._not_before = finished + (finished - started) * (1 / PREVIEW_SHARE - 1)
         # Part of the way may be left out, and some samplers step twice; one chooses its steps as it goes.

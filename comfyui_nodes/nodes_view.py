@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from .images import image_to_pil, pil_to_image
 from .nodes_codec import output_size
-from .sockets import GPSLayoutSocket, GPSTokensSocket
+from .sockets import GPSLayoutSocket, GPSTokensSocket, searched_as
 
 STYLES = ["ellipses", "glow"]
 
@@ -20,6 +20,7 @@ class GPSVisualize(io.ComfyNode):
             node_id="GPSVisualize",
             display_name="GPS Visualize",
             category="GPSToken",
+            **searched_as("ellipses", "preview"),
             description="Draws Gaussians as ellipses or as lights, over a picture or alone.",
             inputs=[
                 io.MultiType.Input("tokens", [GPSTokensSocket, GPSLayoutSocket], tooltip="Tokens, or a layout."),

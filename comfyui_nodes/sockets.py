@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from comfy_api.v0_0_2 import io
 
 GPSModelSocket = io.Custom("GPS_MODEL")
@@ -11,7 +13,17 @@ GPSTokensSocket = io.Custom("GPS_TOKENS")
 GPSLayoutSocket = io.Custom("GPS_LAYOUT")
 """`GPSTokens` whose texture is one channel of zeros: initial Gaussians."""
 
-SAMPLERS = ["unipc", "euler", "heun", "dpm++", "sde", "official-sde", "official-ode", "official-ode-euler"]
+SAMPLERS = [
+    "unipc",
+    "euler",
+    "heun",
+    "dpm++",
+    "sde",
+    "official-sde",
+    "official-sde-heun",
+    "official-ode",
+    "official-ode-euler",
+]
 """Names that `make_sampler` takes, those that do well in few steps first."""
 
 
@@ -42,8 +54,8 @@ def seed_input() -> io.Input:
         max=2**53 - 1,  # what JavaScript holds exactly
         control_after_generate=True,
         tooltip=(
-            "The same seed gives the same result on every machine, but for rounding. In a batch it rises by 1 with "
-            "each picture."
+            "The same seed and dtype give the same result, but for rounding; another dtype, which auto may choose "
+            "on another machine, a slightly different one. In a batch it rises by 1 with each picture."
         ),
     )
 
@@ -51,3 +63,27 @@ def seed_input() -> io.Input:
 def steps_input() -> io.Input:
     """Steps of the sampler."""
     return io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps from noise to the result. 20 are plenty.")
+
+
+def memory_input() -> io.Input:
+    """What a node may work in."""
+    return io.Float.Input(
+        "memory_gb",
+        default=0.0,
+        min=0.0,
+        max=1024.0,
+        step=0.5,
+        optional=True,
+        tooltip="Memory to work in, in GB, beside the model. 0: what ComfyUI has free. Less is slower, not worse.",
+    )
+
+
+def searched_as(*words: str) -> dict:
+    """For a schema: words by which a search finds the node, beside its name."""
+    return where_known(search_aliases=["gaussian", "splat", "tokenizer", *words])
+
+
+def where_known(**settings) -> dict:
+    """For a schema: those settings that this version of ComfyUI knows."""
+    known = {one.name for one in fields(io.Schema)}
+    return {name: value for name, value in settings.items() if name in known}

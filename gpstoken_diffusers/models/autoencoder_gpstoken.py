@@ -21,7 +21,7 @@ from ..ops.partition import initial_gaussians
 from ..tiling import take_tiles, tile_grid_for
 from ..tokens import GPSTokens
 from . import official_checkpoints
-from .canvas import checked_size, cut_picture
+from .canvas import Progress, checked_size, cut_picture
 from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
@@ -204,6 +204,7 @@ class AutoencoderGPSToken(
         num_tokens: int | None = None,
         importance: Tensor | None = None,
         importance_strength: float = 1.0,
+        progress: Progress | None = None,
         return_dict: bool = True,
     ) -> AutoencoderGPSTokenOutput | tuple[GPSTokens]:
         """Turns images into tokens.
@@ -218,6 +219,8 @@ class AutoencoderGPSToken(
             importance: (H, W) or (B, H, W) map in [0, 1] that draws tokens to where it is high; only where regions are
                 None.
             importance_strength: how strongly, see [`partition_image`].
+            progress: called with the share of the tiles that is done, above 0 and at most 1, after each few of them;
+                what it raises ends the call.
             return_dict: whether to return an [`AutoencoderGPSTokenOutput`] or a tuple.
 
         Raises:
@@ -252,7 +255,7 @@ class AutoencoderGPSToken(
             count = len(pixel_values) * tile_grid[0] * tile_grid[1]
             regions, geometry = self._check_partition(regions, geometry, count, pixel_values.device)
 
-        refined, texture = self._refine(pixel_values, geometry, regions, tile_grid)
+        refined, texture = self._refine(pixel_values, geometry, regions, tile_grid, progress)
         canvas_size = (tile_grid[0] * config.sample_size, tile_grid[1] * config.sample_size)
         tokens = GPSTokens.merge_tiles(refined, texture, tile_grid, image_size, canvas_size)
         if not return_dict:
@@ -261,7 +264,12 @@ class AutoencoderGPSToken(
         return AutoencoderGPSTokenOutput(tokens=tokens, initial_tokens=initial_tokens, regions=regions)
 
     def _refine(
-        self, pixel_values: Tensor, geometry: Tensor, regions: Tensor, tile_grid: tuple[int, int]
+        self,
+        pixel_values: Tensor,
+        geometry: Tensor,
+        regions: Tensor,
+        tile_grid: tuple[int, int],
+        progress: Progress | None,
     ) -> tuple[Tensor, Tensor]:
         """Geometry (B tiles, n, 5) and texture (B tiles, n, C): some tiles at a time through stem and transformer."""
         count, plan = len(regions), self.work_plan
@@ -272,6 +280,8 @@ class AutoencoderGPSToken(
             tiles = take_tiles(pixel_values, self.config.sample_size, chunk)
             features = self._lasting(self.stem(tiles.to(plan.dtype, memory_format=torch.channels_last)))
             outputs = tuple(map(self._lasting, self.refiner(features, geometry[chunk], regions[chunk])))
+            if progress is not None:
+                progress(min(1.0, (start + step) / max(1, count)))
             if step >= count:
                 return outputs
             if refined is None:
@@ -321,6 +331,7 @@ class AutoencoderGPSToken(
         *,
         mode: str | None = None,
         size: Size | None = None,
+        progress: Progress | None = None,
         return_dict: bool = True,
     ) -> DecoderOutput | tuple[Tensor]:
         """Turns tokens into images.
@@ -331,6 +342,8 @@ class AutoencoderGPSToken(
                 "tile" after `enable_tiling()`.
             size: (height, width) in pixels of the result, each at least 1, in any ratio; None is the pictures' own
                 size. See below.
+            progress: called with the share of the picture that is drawn, above 0 and at most 1, after each piece; what
+                it raises ends the call.
             return_dict: whether to return a `DecoderOutput` or a tuple.
 
         Returns: `sample` (B, out_channels, height, width) around [-1, 1], not clamped.
@@ -370,7 +383,9 @@ class AutoencoderGPSToken(
             )
         size = tokens.image_size if size is None else checked_size(size)
         scale = tuple(Fraction(wanted, own) for wanted, own in zip(size, tokens.image_size, strict=True))
-        canvas = self._lasting(self.decoder.draw(tokens, scale, mode, self.work_plan))
+        canvas = self._lasting(self.decoder.draw(tokens, scale, mode, self.work_plan, progress))
+        if progress is not None:
+            progress(1.0)
         sample = cut_picture(canvas, tokens.canvas_size, scale, size)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor
 from .windows import Size, Window
 
 Scale = tuple[Fraction, Fraction]  # vertically, horizontally
+
+Progress = Callable[[float], None]
+"""Called after each piece of work with the share that is done, above 0 and at most 1; it may raise to stop."""
 
 
 def checked_size(size: Size) -> Size:
@@ -34,13 +38,15 @@ class Canvas:
         batch_size: number of pictures.
         map_size: (height, width) in map pixels of the feature map that they are drawn from.
         upscale: image pixels per map pixel along each axis.
+        progress: hears of each piece but the last.
 
     Attributes:
         pictures: (batch_size, C, height upscale, width upscale); None until the first piece comes.
     """
 
-    def __init__(self, batch_size: int, map_size: Size, upscale: int):
-        self.batch_size, self.map_size, self.upscale = batch_size, map_size, upscale
+    def __init__(self, batch_size: int, map_size: Size, upscale: int, progress: Progress | None = None):
+        self.batch_size, self.map_size, self.upscale, self.progress = batch_size, map_size, upscale, progress
+        self._left = batch_size * map_size[0] * map_size[1]
         self.pictures: Tensor | None = None
 
     def put(self, image: int, piece: Tensor, inner: Window, painted: Window) -> None:
@@ -51,6 +57,9 @@ class Canvas:
         top, left, bottom, right = (side * self.upscale for side in inner)
         y0, x0 = painted.top * self.upscale, painted.left * self.upscale
         self.pictures[image, :, top:bottom, left:right] = piece[:, top - y0 : bottom - y0, left - x0 : right - x0]
+        self._left -= inner.size[0] * inner.size[1]
+        if self.progress is not None and self._left > 0:  # whoever cuts the picture out says that it is done
+            self.progress(1 - self._left / (self.batch_size * self.map_size[0] * self.map_size[1]))
 
 
 def cut_picture(canvas: Tensor, canvas_size: Size, scale: Scale, size: Size) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tokens import GPSTokens
-from .canvas import Canvas, Scale, scaled
+from .canvas import Canvas, Progress, Scale, scaled
 from .lattice_painter import LatticePainter
 from .norms import PixelNorm
 from .windows import Size, Window, windows_on_cells
@@ -133,7 +133,9 @@ class LatticeDecoder(nn.Module):
             painted = painted.clone()
         return painted.to(texture.dtype, memory_format=torch.channels_last)
 
-    def draw(self, tokens: GPSTokens, scale: Scale, mode: str, plan: WorkPlan) -> Tensor:
+    def draw(
+        self, tokens: GPSTokens, scale: Scale, mode: str, plan: WorkPlan, progress: Progress | None = None
+    ) -> Tensor:
         """Draws the whole canvas of tokens: -> (B, out_channels, height, width).
 
         In one pass, or window by window where the canvas is large.
@@ -143,15 +145,17 @@ class LatticeDecoder(nn.Module):
             scale: how much larger than its own size the canvas is to be; its map is rounded to whole map pixels.
             mode: "tile" or "merge", which are the same here: the decoder is local, so tiles always merge.
             plan: how many pictures and which windows are drawn at once, and in which dtype.
+            progress: hears of each part, where there are several.
         """
         map_size = scaled(tuple(tiles * self.map_size for tiles in tokens.tile_grid), scale)
         tokens = tokens.to(plan.dtype)
         density = tokens.num_tokens / (map_size[0] * map_size[1])
         longest = plan.local_window(map_size, density, self.cell_px)
         if longest is not None:
-            return self._draw_windows(tokens, map_size, longest, plan)
+            return self._draw_windows(tokens, map_size, longest, plan, progress)
         step = plan.local_images(tokens.batch_size, map_size, density)
-        canvas, whole = Canvas(tokens.batch_size, map_size, self.upscale), Window(0, 0, *map_size)
+        canvas = Canvas(tokens.batch_size, map_size, self.upscale, progress)
+        whole = Window(0, 0, *map_size)
         for start in range(0, tokens.batch_size, step):
             part = tokens[start : start + step]
             pictures = self(self.paint(part.geometry, part.texture, map_size, tokens.canvas_size))
@@ -165,13 +169,15 @@ class LatticeDecoder(nn.Module):
         """The memory in which something can be drawn: the smallest window, with tokens as densely as usual."""
         return plan.local_bytes((2 * self.cell_px, 2 * self.cell_px), plan.config.num_tokens / self.map_size**2)
 
-    def _draw_windows(self, tokens: GPSTokens, map_size: Size, longest: int, plan: WorkPlan) -> Tensor:
+    def _draw_windows(
+        self, tokens: GPSTokens, map_size: Size, longest: int, plan: WorkPlan, progress: Progress | None
+    ) -> Tensor:
         """Window by window with as much of the map around it as the convolutions look at: the same picture.
 
         longest: side of a painted window, in map pixels.
         """
         painter = self.unfold_texture
-        canvas = Canvas(tokens.batch_size, map_size, self.upscale)
+        canvas = Canvas(tokens.batch_size, map_size, self.upscale, progress)
         for image in range(tokens.batch_size):
             own = tokens[image]
             whole = near = None

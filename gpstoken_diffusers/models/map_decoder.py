@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.splat import splat_gaussians
 from ..tokens import GPSTokens
-from .canvas import Canvas, Scale, scaled
+from .canvas import Canvas, Progress, Scale, scaled
 from .enlarging_conv import EnlargingConv2d
 from .norms import GroupNorm, TileGroupNorm
 from .windows import Grid, Size, Window, map_geometry, touches, window_geometry, windows_of_tiles
@@ -158,7 +158,9 @@ class MapDecoder(nn.Module):
         geometry, map_size = self._on_map(geometry, tile_grid, tile_size or (self.map_size, self.map_size))
         return splat_gaussians(geometry, texture, *map_size, self.support)
 
-    def draw(self, tokens: GPSTokens, scale: Scale, mode: str, plan: WorkPlan) -> Tensor:
+    def draw(
+        self, tokens: GPSTokens, scale: Scale, mode: str, plan: WorkPlan, progress: Progress | None = None
+    ) -> Tensor:
         """Draws the whole canvas of tokens: -> (B, out_channels, height, width).
 
         Each tile's map is enlarged by `scale` and rounded to whole map pixels by itself, so that the map still
@@ -169,13 +171,14 @@ class MapDecoder(nn.Module):
             scale: how much larger than its own size the canvas is to be.
             mode: "tile", each tile by itself, or "merge", all tiles as one picture.
             plan: how many tiles are drawn at once, and in which dtype.
+            progress: hears of each part, where there are several.
         """
         tile_size = scaled((self.map_size, self.map_size), scale)
         if mode == "tile" or tokens.tile_grid == (1, 1):
-            return self._draw_tiles(tokens, tile_size, plan)
+            return self._draw_tiles(tokens, tile_size, plan, progress)
         side = plan.merged_window(tokens.tile_grid, tile_size)
         if side is not None:
-            return self._draw_windows(tokens, tile_size, side, plan)
+            return self._draw_windows(tokens, tile_size, side, plan, progress)
         feature_map = self.paint(tokens.geometry, tokens.texture, tokens.tile_grid, tile_size)
         return self(_laid_out(feature_map, plan), tokens.tile_grid)
 
@@ -183,11 +186,11 @@ class MapDecoder(nn.Module):
         """The memory in which something can be drawn: one tile of the usual size."""
         return plan.map_bytes(1, (self.map_size, self.map_size))
 
-    def _draw_tiles(self, tokens: GPSTokens, tile_size: Size, plan: WorkPlan) -> Tensor:
+    def _draw_tiles(self, tokens: GPSTokens, tile_size: Size, plan: WorkPlan, progress: Progress | None) -> Tensor:
         """Tile by tile, some at a time. tile_size: (height, width) of a tile in map pixels."""
         geometry, texture = tokens.split_tiles()
         _, map_size = self._on_map(tokens.geometry, tokens.tile_grid, tile_size)
-        canvas = Canvas(tokens.batch_size, map_size, self.upscale)
+        canvas = Canvas(tokens.batch_size, map_size, self.upscale, progress)
         places = [place.inner for place in windows_of_tiles(tokens.tile_grid, tile_size, side=1, halo=0)]
         step = plan.map_tiles(len(geometry), tokens.tile_grid, tile_size)
         for start in range(0, len(geometry), step):
@@ -201,14 +204,16 @@ class MapDecoder(nn.Module):
                 canvas.put(image, tile, places[place], places[place])
         return canvas.pictures
 
-    def _draw_windows(self, tokens: GPSTokens, tile_size: Size, side: int, plan: WorkPlan) -> Tensor:
+    def _draw_windows(
+        self, tokens: GPSTokens, tile_size: Size, side: int, plan: WorkPlan, progress: Progress | None
+    ) -> Tensor:
         """Merged decoding of a large canvas, a window of `side` x `side` tiles at a time with one tile around it.
 
         Statistics of distant tiles do not reach a window, so the result differs a little from that of one pass. In
         exchange, memory does not grow with the image.
         """
         geometry, map_size = self._on_map(tokens.geometry, tokens.tile_grid, tile_size)
-        canvas = Canvas(tokens.batch_size, map_size, self.upscale)
+        canvas = Canvas(tokens.batch_size, map_size, self.upscale, progress)
         for image in range(tokens.batch_size):
             for inner, painted in windows_of_tiles(tokens.tile_grid, tile_size, side, halo=1):
                 feature_map = self._paint_window(geometry[image], tokens.texture[image], map_size, painted)

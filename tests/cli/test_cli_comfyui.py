@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -85,12 +87,32 @@ def test_the_door_is_inert_outside_of_comfyui():
     assert done.stdout.split() == ["False", "False", "False"]
 
 
-def test_install_without_cmake_or_compiler_is_no_error(tmp_path):
+PIP = """
+import pathlib, sys
+if sys.argv[1:] != ["install", "cmake>=3.23", "ninja>=1.11"]:
+    sys.exit(f"asked for {sys.argv}")
+cmake = pathlib.Path(sys.executable).parent / "cmake"
+cmake.write_text(f'#!/bin/sh\\necho "$@" >> {cmake.parent / "called"}')
+cmake.chmod(0o755)
+"""
+
+
+@pytest.mark.parametrize("pip, status", [("import sys; sys.exit('no index')", 1), (PIP, 0)])
+def test_install_fetches_cmake_where_it_is_missing_or_says_that_it_failed(tmp_path, pip, status):
     shutil.copy(ROOT / "install.py", tmp_path)
-    environment = {**os.environ, "PATH": "/nowhere"}
-    python = tmp_path / "bin" / "python"  # cmake is looked for beside the interpreter, too
-    python.parent.mkdir()
-    python.symlink_to(Path(sys.executable).resolve())
+    (tmp_path / "pip.py").write_text(pip)  # in the place of the real one
+    environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(tmp_path)}
+    venv.create(tmp_path / "venv", with_pip=False)  # cmake is looked for beside the interpreter, too
+    python = tmp_path / "venv" / "bin" / "python"
     done = subprocess.run([python, "install.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "plain PyTorch" in done.stdout
+    assert done.returncode == status, done.stderr
+    if status == 0:
+        assert len((python.parent / "called").read_text().splitlines()) == 3  # configure, build, install
+    else:
+        assert "no index" in done.stdout and "plain PyTorch" in done.stdout and "install.py" in done.stdout
+
+
+def test_what_install_fetches_is_among_the_requirements():
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    assert {'"cmake>=3.23"', '"ninja>=1.11"'} <= set(re.findall('"[a-z]+>=[^"]+"', (ROOT / "install.py").read_text()))
+    assert "cmake>=3.23\n" in text and "ninja>=1.11\n" in text

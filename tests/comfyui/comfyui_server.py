@@ -163,7 +163,7 @@ class ComfyUIServer(ComfyUIClient):
         super().__init__(f"http://127.0.0.1:{port}")
         command = [self.python, "-u", "main.py", "--cpu", "--port", port, "--listen", "127.0.0.1"]
         command += ["--base-directory", self.base, "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
-        command += ["--disable-api-nodes", "--disable-auto-launch"]
+        command += ["--disable-api-nodes", "--disable-auto-launch", "--preview-method", "auto"]
         command += ["--front-end-root", self.frontend] if self.frontend else []
         with open(self.folder / "server.log", "wb") as log:
             self.process = subprocess.Popen(

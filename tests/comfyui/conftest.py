@@ -6,6 +6,7 @@ GPSTOKEN_REQUIRE_COMFYUI=1 makes them fail: a machine that is meant to run these
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,16 @@ def server_install() -> ServerInstall:
         missing(f"no ComfyUI: {error} (python tests/comfyui/fetch_comfyui.py fetches it)")
 
 
+@pytest.fixture(scope="package")
+def comfyui_here(server_install) -> None:
+    """ComfyUI's modules can be imported in this process; they compute on the CPU."""
+    sys.path += [str(server_install.source), str(server_install.packages)]
+    import utils.install_util  # noqa: F401 some packages leave a module of this name behind
+    from comfy.cli_args import args
+
+    args.cpu = True
+
+
 # A node that passes tokens on, says which models ComfyUI holds, and makes it unload them all if asked to.
 PROBE = """
 import comfy.model_management as memory
@@ -49,7 +60,7 @@ class LoadedModels:
             memory.unload_all_models()
         return {"ui": {"text": [*names, f"{len(memory.current_loaded_models)} left"]}, "result": (tokens,)}
 
-NODE_CLASS_MAPPINGS = {"LoadedModels": LoadedModels}
+NODE_CLASS_MAPPINGS = dict(LoadedModels=LoadedModels)  # ComfyUI-Manager looks for braces
 """
 
 

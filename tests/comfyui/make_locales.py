@@ -22,7 +22,7 @@ from comfyui.comfyui_server import ComfyUIServer  # noqa: E402
 from comfyui.fetch_comfyui import ensure_server  # noqa: E402
 
 LOCALES = TESTS.parent / "locales"
-LANGUAGES = ["en", "de", "zh"]
+LANGUAGES = ["en", "zh"]
 OUR_MODULES = ("custom_nodes.gpstoken_diffusers", "custom_nodes.gpstoken_diffusers_nodes")
 
 

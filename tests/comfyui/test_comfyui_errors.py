@@ -95,10 +95,6 @@ FAILURES = {
         FEWER | texture(tokens=("fewer", 0)),
         r"tokens and their layout differ in num_tokens: 32 and 64",
     ),
-    "more tokens than regions": (
-        {"made": node("GPSEncode", model=("model", 0), image=("image", 0), num_tokens=4000)},
-        r"can be divided into 1 to \d+ tokens",
-    ),
     "nothing selected": (edit(action="move", smallest_px=900.0), r"No token is selected"),
     "pictures of two sizes": (
         OTHER_SIZE
@@ -135,6 +131,13 @@ def test_a_node_says_what_is_wrong(server, name):
     assert caught.value.node_id == "made"
     assert re.search(message, caught.value.exception_message, re.DOTALL), caught.value.exception_message
     assert caught.value.exception_type in ("ValueError", "TypeError")
+
+
+def test_more_tokens_than_a_tile_has_regions(server):
+    inputs = {"model": ("model", 0), "image": ("image", 0)}
+    server.run(shown(DUCK | {"made": node("GPSEncode", **inputs, num_tokens=1024)}, ("made", 0)))
+    with pytest.raises(PromptRefused, match="bigger than max"):
+        server.queue(shown(DUCK | {"made": node("GPSEncode", **inputs, num_tokens=1025)}, ("made", 0)))
 
 
 def test_a_batch_that_does_not_fit(server):

@@ -44,7 +44,7 @@ class Sleep:
             time.sleep(0.02)
         return ()
 
-NODE_CLASS_MAPPINGS = {"Sleep": Sleep}
+NODE_CLASS_MAPPINGS = dict(Sleep=Sleep)  # ComfyUI-Manager looks for braces
 """
 
 

@@ -81,6 +81,26 @@ def test_large_merged_pictures_are_decoded_in_windows():
     assert error.mean() < 0.15 * whole.std()
 
 
+@pytest.mark.parametrize("kind, mode", [("map", "tile"), ("map", "merge"), ("lattice", None)])
+@torch.no_grad()
+def test_progress_is_heard_of_piece_by_piece(kind, mode):
+    model, images = tiny_model(kind), noise_images(2, 32 * 7, 40)
+    heard = []
+    tokens = model.encode(images, progress=heard.append).tokens
+    assert heard == pytest.approx([4 / 28, 8 / 28, 12 / 28, 16 / 28, 20 / 28, 24 / 28, 1])
+    heard.clear()
+    sample = model.decode(tokens, mode=mode, progress=heard.append).sample
+    assert len(heard) >= 4 and heard == sorted(set(heard)) and 0 < heard[0] < 0.4 and heard[-1] == 1
+    assert torch.equal(sample, model.decode(tokens, mode=mode).sample)
+
+    def stop(share):
+        raise KeyboardInterrupt
+
+    for work in (lambda: model.encode(images, progress=stop), lambda: model.decode(tokens, mode=mode, progress=stop)):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+
+
 @torch.no_grad()
 def test_lattice_windows_are_exact():
     """A lattice decoder is local: decoding windows gives the picture that one pass gives."""
