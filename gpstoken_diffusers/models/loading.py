@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from . import official_checkpoints
+from .hub_files import RELEASES, HubOptions, hub_file
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -133,39 +135,125 @@ class SingleFileLoadingMixin(FolderLoadingMixin):
 
         Raises ValueError, naming the presets, for another name.
         """
-        presets = cls._official.presets
-        if preset not in presets:
-            raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
-        return cls(**{**presets[preset], **overrides})
+        return cls(**{**cls._official.presets[cls._known(preset)], **overrides})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, preset: str | None = None, **kwargs
+    ) -> Self:
+        """Loads a folder or Hub repository that `save_pretrained` wrote, or with `preset` an official file in it.
+
+        Args:
+            preset: the released size whose file lies in the folder or repository under its official name, as in
+                `from_pretrained("xtudbxk/GPSToken", preset="l256")`; the other arguments are then those of
+                `from_single_file`.
+
+        Raises as [`FolderLoadingMixin.from_pretrained`] and `from_single_file`.
+        """
+        if preset is None:
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            except OSError as error:
+                if cls.config_name not in str(error):
+                    raise
+                sizes = " or ".join(f'"{name}"' for name in cls._official.presets)
+                raise OSError(f"{error}\nWhere it holds an official file, say which: preset={sizes}.") from error
+        name = cls._official.file_name.format(preset=cls._known(preset))
+        parts = (os.fspath(pretrained_model_name_or_path), kwargs.pop("subfolder", None) or "", name)
+        if os.path.isdir(parts[0]):
+            return cls.from_single_file(Path(*parts), preset=preset, **kwargs)
+        return cls.from_single_file("/".join(filter(None, parts)), preset=preset, **kwargs)
 
     @classmethod
     def from_single_file(
         cls,
-        path: str | os.PathLike,
+        pretrained_model_link_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
         *,
         preset: str | None = None,
         config: dict | str | os.PathLike | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
-        """Loads an official GPSToken file as it is.
+        """Loads an official GPSToken file as it is, from this machine or from the Hub.
 
         Args:
-            path: a `.safetensors` file of the research code. Pickles are refused.
+            pretrained_model_link_or_path_or_dict: a `.safetensors` file of the research code (pickles are refused), or
+                its tensors. A path; else `OWNER/REPO/FILE` or an address of the Hub such as
+                `https://huggingface.co/OWNER/REPO/blob/main/FILE`; else the short name of a released tokenizer: "s64",
+                "m128", "l256". A `pathlib.Path` is always a path.
             preset: the released size, as for `from_preset`. None recognises it by its shapes, or by the file's name
                 where shapes do not tell (S64 and M128 of the autoencoder). The log says which was taken.
             config: constructor arguments (a dict, or a JSON file) for a model of other sizes; replaces the preset.
-            dtype: of the loaded weights; None keeps float32.
+            dtype: of the loaded weights; None keeps float32. `torch_dtype` is its older name.
+            hub: `cache_dir`, `force_download`, `proxies`, `token`, `local_files_only` and `revision`, as in diffusers.
+                Names and shapes of a file on the Hub are checked before it is downloaded.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file; the message says where it was looked for.
             ValueError: not a whole safetensors file, another model's, or tensors that are missing, left over or
                 misshapen (all are listed).
+            OSError: the cache cannot be written to, or the Hub refuses.
         """
-        converted = cls._official.convert(official_checkpoints.read_safetensors(path), str(path))
+        where = pretrained_model_link_or_path_or_dict
+        if isinstance(where, dict):
+            tensors, source = where, "The dict"
+        else:
+            path, source, preset = cls._located(where, preset, config, hub)
+            tensors = official_checkpoints.read_safetensors(path)
+        model, converted, reason = cls._fitted(tensors, source, preset, config)
+        if reason:
+            logger.warning("Loading %s as the preset %s.", Path(source).name, reason)
+        # Always a copy, see `align_weights`.
+        dtype = dtype or torch_dtype or torch.float32
+        converted = {name: tensor.to(dtype, copy=True) for name, tensor in converted.items()}
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.load_state_dict(converted, assign=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return model.eval()
+
+    @classmethod
+    def download_single_file(
+        cls,
+        location: str | os.PathLike,
+        *,
+        preset: str | None = None,
+        config: dict | str | os.PathLike | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> Path:
+        """The local path of an official file, after a download where it takes one; all as in `from_single_file`."""
+        return cls._located(location, preset, config, hub)[0]
+
+    @classmethod
+    def _located(
+        cls, location: str | os.PathLike, preset: str | None, config: dict | str | os.PathLike | None, hub: HubOptions
+    ) -> tuple[Path, str, str | None]:
+        """Local path of an official file, its name for messages, and its preset where that is known."""
+        if unknown := set(hub) - HubOptions.__annotations__.keys():
+            raise TypeError(f"from_single_file has no argument {sorted(unknown)[0]!r}.")
+        text = os.fspath(location)
+        file = None if os.path.exists(text) or isinstance(location, os.PathLike) else hub_file(text)
+        if file is None:
+            return Path(text), text, preset
+        if text in RELEASES and preset is None and config is None:
+            preset = text
+        path = file.fetch(lambda header: cls._fitted(header, str(file), preset, config), hub)
+        return path, str(file), preset
+
+    @classmethod
+    def _fitted(
+        cls,
+        tensors: dict[str, Tensor],
+        source: str,
+        preset: str | None,
+        config: dict | str | os.PathLike | None,
+    ) -> tuple[Self, dict[str, Tensor], str | None]:
+        """The model without weights, the tensors in its names, and which preset for what reason."""
+        converted, reason = cls._official.convert(tensors, source), None
         if config is None:
-            preset, reason = cls._official.recognise_preset(converted, str(path), preset)
-            logger.warning("Loading %s as the preset %s (%s).", Path(path).name, preset, reason)
-            config = cls._official.presets[preset]
+            preset, why = cls._official.recognise_preset(converted, source, preset)
+            config, reason = cls._official.presets[preset], f"{preset} ({why})"
         elif preset is not None:
             raise ValueError("Give either a preset or a config, not both.")
         elif not isinstance(config, dict):
@@ -176,11 +264,11 @@ class SingleFileLoadingMixin(FolderLoadingMixin):
         except TypeError as error:
             raise ValueError(f"The configuration does not fit {cls.__name__}: {error}.") from error
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        official_checkpoints.check_against_model(converted, expected, str(path))
-        # Always a copy, see `align_weights`.
-        converted = {name: tensor.to(dtype or torch.float32, copy=True) for name, tensor in converted.items()}
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        model.load_state_dict(converted, assign=True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-        return model.eval()
+        official_checkpoints.check_against_model(converted, expected, source)
+        return model, converted, reason
+
+    @classmethod
+    def _known(cls, preset: str) -> str:
+        if preset not in cls._official.presets:
+            raise ValueError(f"preset must be one of {', '.join(cls._official.presets)}, got {preset!r}.")
+        return preset

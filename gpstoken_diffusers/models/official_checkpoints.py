@@ -329,14 +329,16 @@ class OfficialFormat:
 
     Attributes:
         presets: constructor arguments of the released sizes.
+        file_name: under which a size was released, with a place for `{preset}`.
         convert: (tensors, source) -> tensors in our names.
         recognise_preset: (converted tensors, source, preset or None) -> (preset, reason).
     """
 
     presets: dict[str, dict]
+    file_name: str
     convert: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
     recognise_preset: Callable[[dict[str, Tensor], str, str | None], tuple[str, str]]
 
 
-AUTOENCODER = OfficialFormat(PRESETS, convert_autoencoder, recognise_preset)
-GENERATOR = OfficialFormat(GENERATOR_PRESETS, convert_generator, recognise_generator_preset)
+AUTOENCODER = OfficialFormat(PRESETS, "gpstoken_{preset}.safetensors", convert_autoencoder, recognise_preset)
+GENERATOR = OfficialFormat(GENERATOR_PRESETS, "generator.safetensors", convert_generator, recognise_generator_preset)

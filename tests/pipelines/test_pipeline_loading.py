@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh_python import FakeHub, FreshPython, Raised
+from fresh_python import FreshPython, Raised
+from local_hub import LocalHub
 from pipeline_zoo import tiny_pipeline
 from safetensors.torch import load_file
 
@@ -31,7 +32,7 @@ both_ways = pytest.mark.parametrize("load", ["trusted", "own"])
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    hub = FakeHub(tmp_path_factory.mktemp("hub"))
+    hub = LocalHub(tmp_path_factory.mktemp("hub"))
     yield hub
     hub.close()
 

@@ -1,4 +1,4 @@
-"""Python processes that know diffusers and nothing of this package yet, and a Hub that is a folder of this machine."""
+"""Python processes that know diffusers and nothing of this package yet."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -101,64 +99,3 @@ class FreshPython:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
-
-
-class FakeHub:
-    """Serves the folders `<root>/<owner>/<name>` as repositories of one commit, and takes note of what is asked for."""
-
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-    def __init__(self, root: Path):
-        self.root, self.downloaded = root, []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                path, _, _ = self.path.partition("?")
-                parts = path.strip("/").split("/")
-                if parts[:2] == ["api", "models"]:
-                    self.answer(hub.describe("/".join(parts[2:4]), tree="tree" in parts[4:5]), {})
-                elif parts[2:3] == ["resolve"]:
-                    file = hub.root.joinpath(*parts[:2], *parts[4:])
-                    if self.command == "GET":
-                        hub.downloaded.append("/".join(parts[4:]))
-                    self.answer(file.read_bytes() if file.is_file() else None, {"ETag": f'"{abs(hash(file)):x}"'})
-                else:
-                    self.answer(None, {})
-
-            do_HEAD = do_GET
-
-            def answer(self, body: bytes | None, headers: dict[str, str]) -> None:
-                self.send_response(404 if body is None else 200)
-                if body is None:
-                    headers = {"X-Error-Code": "EntryNotFound"}
-                headers = {**headers, "X-Repo-Commit": hub.COMMIT, "Content-Length": str(len(body or b""))}
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body or b"")
-
-            def log_message(self, *arguments) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def describe(self, repository: str, tree: bool) -> bytes | None:
-        folder = self.root / repository
-        if not folder.is_dir():
-            return None
-        files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        if tree:
-            listing = [
-                {"type": "file", "path": name, "size": file.stat().st_size, "oid": f"{abs(hash(file)):x}"}
-                for name, file in files.items()
-            ]
-            return json.dumps(listing).encode()
-        siblings = [{"rfilename": name} for name in files]
-        return json.dumps({"id": repository, "sha": self.COMMIT, "siblings": siblings}).encode()
-
-    def close(self) -> None:
-        self.server.shutdown()
