@@ -136,16 +136,15 @@ def _dated(form: str) -> str:
 
 def list_files() -> list[str]:
     """Files in the input folder, then in the output folder, as names that `find_file` takes."""
+    try:
+        from gpstoken_diffusers.folder_files import find_files
+    except ImportError:  # said by installation.check when a node runs
+        return []
     names = []
     for mark, folder in _FOLDERS.items():
         root = folder()
-        found = (
-            os.path.relpath(os.path.join(parent, file), root).replace(os.sep, "/")
-            for parent, _, files in os.walk(root, followlinks=True)
-            for file in files
-            if file.endswith(SUFFIX)
-        )
-        names += [name + mark for name in sorted(found)]
+        if os.path.isdir(root):
+            names += [name + mark for name in sorted(find_files(root, [SUFFIX]).files)]
     return names
 
 

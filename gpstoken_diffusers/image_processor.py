@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
 from .geometry import merge_tile_geometry
 from .layouts.of_pictures import partition_tiles
 from .layouts.requested import layout_from_mask
-from .picture_files import IMAGE_SUFFIXES, mask_levels, open_picture, upright_rgb
+from .picture_files import mask_levels, read_picture, upright_rgb
 from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
 from .tokens import GPSTokens
 
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ImageLike = Image.Image | np.ndarray | Tensor
-_Read = TypeVar("_Read")
 
-__all__ = ["IMAGE_SUFFIXES", "GPSTokenImageProcessor", "upright_rgb"]
+__all__ = ["GPSTokenImageProcessor", "upright_rgb"]
 
 
 class GPSTokenImageProcessorSettings(TypedDict, total=False):
@@ -195,13 +193,14 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         Raises:
             FileNotFoundError: no such file.
             ValueError: an empty file, one that is no image in a raster format, or a damaged one.
+            OSError: the system cannot read the file.
         """
-        return _read(path, lambda image: upright_rgb(image, background))
+        return read_picture(path, str(path), lambda image: upright_rgb(image, background))
 
     @staticmethod
     def load_mask(path: str | os.PathLike) -> np.ndarray:
         """Reads an image file as a mask, (H, W) float32 in [0, 1], by [`mask_levels`]. Raises as [`load_image`]."""
-        return _read(path, mask_levels)
+        return read_picture(path, str(path), mask_levels)
 
     def _fit_and_stack(self, pictures: list[Tensor], what: str) -> Tensor:
         """Applies the resize and crop policy: (C, H, W) each -> (B, C, H', W')."""
@@ -254,26 +253,6 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             rows = slice(top, top + _ROWS_AT_ONCE)
             array[rows] = (_unit_values(picture[:, rows]).permute(1, 2, 0).numpy() * 255).round()
         return Image.fromarray(array)
-
-
-def _read(path: str | os.PathLike, convert: Callable[[Image.Image], _Read]) -> _Read:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No image file at {path}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes), so it holds no image.")
-    try:
-        with open_picture(path) as image:
-            return convert(image)
-    except (PermissionError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image in a raster format that Pillow reads.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is larger than Pillow allows: {error}") from error
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        what = "cannot be used" if isinstance(error, ValueError) else "is damaged or truncated"
-        raise ValueError(f"{path} {what}: {str(error) or type(error).__name__}") from error
 
 
 def _unit_values(sample: Tensor) -> Tensor:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Files that are taken for pictures when a folder or an archive is searched, in any case of letters."""
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 # Pillow's names; HEIF where a plugin knows it. Not EPS, for which Pillow starts Ghostscript, nor formats of other data.
 _FORMATS = "AVIF BMP DDS DIB GIF HEIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
@@ -30,6 +27,22 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what the pixels need
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # of TIFF
 
+_Converted = TypeVar("_Converted")
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """Files that are taken for pictures when a folder or an archive is searched: in lower case, with their dots.
+
+    Those that the installed Pillow reads, with plugins that have registered themselves (as `pillow_heif` does).
+    """
+    return tuple(sorted(end for end, name in Image.registered_extensions().items() if name in readable_formats()))
+
+
+def readable_formats() -> list[str]:
+    """Pillow's names of the raster formats that it can read here."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
 
 def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
     """A picture file in a raster format, with its pixels loaded; of several frames or pages the first.
@@ -38,10 +51,8 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
 
     Raises whatever Pillow raises for files that are damaged or no pictures: there is no list of it.
     """
-    Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
-        image = Image.open(source, formats=formats)
+        image = Image.open(source, formats=readable_formats())
         image.load()
         return image
     except (FileNotFoundError, PermissionError, MemoryError):
@@ -60,6 +71,37 @@ def open_picture(source: str | os.PathLike | BinaryIO) -> Image.Image:
         return image
 
 
+def read_picture(
+    source: str | os.PathLike | BinaryIO, name: str, convert: Callable[[Image.Image], _Converted]
+) -> _Converted:
+    """What `convert` makes of a picture file, such as [`upright_rgb`]; `name` is what to call it in messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an empty file, one that is no picture in a raster format, a damaged one, or what `convert` raises.
+        OSError: the system cannot read the file, through no fault of what is in it.
+    """
+    if not hasattr(source, "read"):
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f"No image file at {name}.")
+        if not os.path.getsize(source):
+            raise ValueError(f"{name} is empty (0 bytes), so it holds no image.")
+    try:
+        with open_picture(source) as image:
+            return convert(image)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image in a raster format that Pillow reads.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is larger than Pillow allows: {error}") from error
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # the system's own
+            raise
+        what = "cannot be used" if isinstance(error, ValueError) else "is damaged or truncated"
+        raise ValueError(f"{name} {what}: {str(error) or type(error).__name__}") from error
+
+
 def _without_metadata(png: bytes) -> bytes:
     """A PNG of the chunks that its pixels need."""
     kept, start = [_PNG_START], len(_PNG_START)
@@ -72,7 +114,15 @@ def _without_metadata(png: bytes) -> bytes:
 
 
 def upright_rgb(image: Image.Image, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
-    """A picture of any mode in 8-bit sRGB: turned as its camera says, and laid on a colour where it is transparent.
+    """A picture of any mode as [`upright`] makes it, laid on a colour where it is transparent: 8-bit RGB."""
+    picture = upright(image)
+    if picture.mode == "RGB":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture).convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture of any mode in 8-bit sRGB, turned as its camera says: RGBA where it has transparency, else RGB.
 
     Colours are converted to sRGB by the picture's colour profile. Without a profile, or with one that cannot be used,
     its numbers are taken for sRGB, and CMYK is converted by Pillow's formula. Gray of more than 8 bits is scaled as in
@@ -93,10 +143,9 @@ def upright_rgb(image: Image.Image, background: Sequence[int] = (255, 255, 255))
     color = color.convert("RGB")
     if alpha is not None:
         color.putalpha(alpha)
-        color = Image.alpha_composite(Image.new("RGBA", color.size, (*background, 255)), color).convert("RGB")
-    upright = _turned(color, image)
-    upright.info = {}
-    return upright
+    picture = _turned(color, image)
+    picture.info = {}
+    return picture
 
 
 def mask_levels(image: Image.Image) -> np.ndarray:

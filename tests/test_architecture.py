@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower layers first; a file imports from its own layer or from lower ones.
 LAYERS = [
-    ("safe_files", "assets", "tiling", "geometry", "picture_files"),
+    ("safe_files", "assets", "tiling", "geometry", "picture_files", "folder_files"),
     ("token_files",),
     ("tokens",),
     ("token_editing",),

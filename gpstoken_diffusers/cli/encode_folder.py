@@ -88,7 +88,7 @@ class FolderInputs(Dataset):
         try:
             picture = self.processor.load_image(self.sources[name], self.processor.background)
             return name, dict(self.processor(picture, num_tokens=self.num_tokens)), ""
-        except (ValueError, OSError, MemoryError) as error:
+        except Exception as error:  # whatever a picture raises is its own error
             return name, None, str(error) or type(error).__name__
 
 

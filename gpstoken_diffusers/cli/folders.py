@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from ..image_processor import IMAGE_SUFFIXES
+from ..folder_files import find_files
+from ..picture_files import image_suffixes
 from .codec import Codec
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -14,7 +18,7 @@ Record = dict[str, Any]
 def find_pictures(path: Path, output: Path, recursive: bool) -> dict[str, Path]:
     """The picture at `path`, or those of the folder: by name within it (with forward slashes), sorted.
 
-    Hidden files, and what lies in the folder `output`, are left out.
+    As [`find_files`] finds them, without those in the folder `output`. What is left out is logged.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -24,21 +28,15 @@ def find_pictures(path: Path, output: Path, recursive: bool) -> dict[str, Path]:
         return {path.name: path}
     if not path.is_dir():
         raise FileNotFoundError(f"no picture or folder at {path}.")
-    skipped = output.resolve()
-    if skipped == path.resolve():
+    if output.resolve() == path.resolve():
         raise ValueError(f"the output folder {output} is the input folder itself. Choose another one.")
-    sources = {}
-    for file in sorted(path.rglob("*") if recursive else path.iterdir()):
-        name = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
-            continue
-        if skipped not in file.resolve().parents:  # results of an earlier run, where OUT lies below PATH
-            sources[name.as_posix()] = file
-    if not sources:
+    found = find_files(path, image_suffixes(), recursive, leave_out=output)
+    for line in found.skipped_lines():
+        logger.warning("%s", line)
+    if not found.files:
         hint = "" if recursive else " (folders below it are searched with --recursive)"
-        raise ValueError(f"no pictures in {path}{hint}. Known suffixes: {', '.join(IMAGE_SUFFIXES)}.")
-    return sources
+        raise ValueError(f"no pictures in {path}{hint}. Known suffixes: {', '.join(image_suffixes())}.")
+    return found.files
 
 
 def model_settings(codec: Codec, num_tokens: int | None) -> Record:

@@ -16,11 +16,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..image_processor import IMAGE_SUFFIXES
+from ..picture_files import image_suffixes
 from ..safe_files import write_atomically
 from .codec import Codec, load_codec, quality, quality_text
 from .files import prepare_folder, write_picture
@@ -33,7 +32,7 @@ AVERAGED = COLUMNS[3:]
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Reconstruct a picture or all pictures of a folder. Returns 1 if any of them failed."""
-    if args.output.suffix.lower() in IMAGE_SUFFIXES and not args.output.is_dir():
+    if args.output.suffix.lower() in image_suffixes() and not args.output.is_dir():
         raise ValueError(f"the output {args.output} must be a folder: the picture and its metrics are written there.")
     sources = find_pictures(args.path, args.output, args.recursive)
     prepare_folder(args.output)
@@ -64,8 +63,8 @@ def reconstruct(args: argparse.Namespace) -> int:
             for name in bar:
                 try:
                     picture, metrics = _one(codec, sources[name], name, args)
-                # What goes wrong with one picture; trouble with the output folder ends the run.
-                except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                # Whatever a picture raises is its own error; trouble with the output folder ends the run.
+                except Exception as error:
                     failures[name] = str(error) or type(error).__name__
                     bar.write(f"gpstoken: error: {name}: {failures[name]}", file=sys.stderr)
                     continue

@@ -17,7 +17,7 @@ from ..visualization import picture_grid
 from .data import center_crop, to_pixel_values
 from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight
 from .objective import Objective
-from .pictures import UNREADABLE, Pictures
+from .pictures import Pictures
 from .run_record import RunState
 
 CRITIC_SCHEDULES = ("both", "alternating")
@@ -159,7 +159,7 @@ def load_validation(pictures: Pictures, resolution: int, most: int) -> Tensor:
     for index in list(range(0, len(pictures), max(1, len(pictures) // most)))[:most]:
         try:
             crops.append(to_pixel_values(center_crop(pictures.load(index), resolution)))
-        except UNREADABLE:
+        except Exception:  # whatever a picture raises is its own error
             continue
     if not crops:
         raise ValueError(f"No validation picture can be read, {pictures.name(0)} among them.")

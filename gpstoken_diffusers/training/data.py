@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..ops.partition import partition_image
-from .pictures import UNREADABLE, Pictures, open_pictures
+from .pictures import Pictures, open_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class TrainingCrops(Dataset):
         for _ in range(MAX_UNREADABLE):
             try:
                 return self._load(source, place), skipped
-            except UNREADABLE as error:
+            except Exception as error:  # whatever a picture raises is its own error
                 name = self.sources[source].name(place)
                 logger.warning("%s cannot be read and is skipped: %s", name, error)
                 skipped.append(name)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .pictures import list_images
+from ..folder_files import SEARCHED_ALREADY, FoundFiles, find_files, is_ignored
+from ..picture_files import image_suffixes, open_picture, upright
+
+logger = logging.getLogger(__name__)
 
 VIEW_SCALE = (0.8, 1.1)
 """How large [`change_view`] may make a picture."""
@@ -25,15 +30,25 @@ class ClassFolders:
     """
 
     def __init__(self, folder: Path):
-        classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        places = [folder / name for name in classes] or [folder]
-        self.id2label = dict(enumerate(place.resolve().name for place in places))
-        self.paths, self.labels = [], []
-        for label, place in enumerate(places):
-            found = list_images(place)
-            self.paths += found
-            self.labels += [label] * len(found)
-        self.names = [path.relative_to(folder).as_posix() for path in self.paths]
+        found = find_files(folder, image_suffixes())
+        files, skipped = found.files, dict(found.skipped)
+        classes = sorted({name.partition("/")[0] for name in files if "/" in name})
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not is_ignored(path.name) and path.name not in classes:
+                reason = skipped.get(path.name, f"no file of {', '.join(image_suffixes())}")
+                if reason != SEARCHED_ALREADY:  # a class that is left out would shift the numbers of others
+                    raise ValueError(f"{path} holds no image: {reason}.")
+        if classes:
+            skipped |= {name: "outside of the class folders" for name in files if "/" not in name}
+            files = {name: path for name, path in files.items() if name not in skipped}
+        if not files:
+            raise ValueError(f"{folder} holds no image ({', '.join(image_suffixes())}).")
+        for line in FoundFiles(files, skipped).skipped_lines():
+            logger.warning("%s: %s", folder, line)
+        self.id2label = dict(enumerate(classes or [folder.resolve().name]))
+        self.names, self.paths = list(files), list(files.values())
+        numbers = {name: label for label, name in self.id2label.items()}
+        self.labels = [numbers[name.partition("/")[0]] if classes else 0 for name in files]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,7 +60,7 @@ class ClassFolders:
         """Changes with the names, classes and sizes of the files."""
         digest = hashlib.sha256()
         for name, path in zip(self.names, self.paths, strict=True):
-            digest.update(f"{name}\0{path.stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{name}\0{path.stat().st_size}\n"))
         return digest.hexdigest()
 
 
@@ -104,23 +119,24 @@ def open_labelled(data: str, split: str) -> ClassFolders | LabelledDataset:
 
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
-    """A picture, upright: in mode RGBA where it has transparency, I where it is 16-bit gray, else RGB.
+    """A picture, upright, in sRGB: in mode RGBA where it has transparency, else RGB.
 
     Raises:
-        ValueError: the file is no picture, or damaged.
-        OSError: the file cannot be read, through no fault of what is in it.
+        ValueError: the file is no picture, or damaged, or may not be read.
+        OSError: the file cannot be read, through no fault of its own: the disk may be back later.
     """
     try:
-        with Image.open(file) as image:
-            image.load()
-            mode = "RGBA" if image.has_transparency_data else "I" if image.mode.startswith("I") else "RGB"
-            return ImageOps.exif_transpose(image).convert(mode)
+        with open_picture(file) as image:
+            return upright(image)
+    except MemoryError:
+        raise
     except UnidentifiedImageError as error:
         raise ValueError("not an image in a format that Pillow reads") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's own, not Pillow's about the content
+    except Exception as error:  # whatever Pillow raises
+        own = isinstance(error, OSError) and error.errno is not None  # the system's, not Pillow's about the content
+        if own and not isinstance(error, PermissionError):
             raise
-        raise ValueError(f"damaged ({error})") from error
+        raise ValueError(f"damaged ({str(error) or type(error).__name__})") from error
 
 
 def change_view(image: Image.Image, size: int, name: str, view: int, flip: bool) -> Image.Image:
@@ -128,7 +144,7 @@ def change_view(image: Image.Image, size: int, name: str, view: int, flip: bool)
 
     `image` is in a mode of [`load_picture`], and so is the result.
     """
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(name)).digest()
     random = np.random.default_rng([int.from_bytes(digest[:8], "big"), view])
     scale = random.uniform(*VIEW_SCALE)
     shift_x, shift_y = random.uniform(-VIEW_SHIFT, VIEW_SHIFT, size=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ from typing import Protocol
 
 from PIL import Image
 
-from ..picture_files import IMAGE_SUFFIXES, open_picture, upright_rgb
+from ..folder_files import find_files, is_ignored
+from ..picture_files import image_suffixes, read_picture, upright_rgb
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for files that are damaged, empty, cut off, or no pictures."""
+logger = logging.getLogger(__name__)
 
 
 class Pictures(Protocol):
@@ -27,30 +28,25 @@ class Pictures(Protocol):
         """What to call a picture in messages."""
 
     def load(self, index: int) -> Image.Image:
-        """The picture, upright, in RGB, on white. Raises one of `UNREADABLE` if it cannot be read."""
+        """The picture, upright, in RGB, on white.
+
+        Raises any Exception if it cannot be read: a caller takes it for that picture's error.
+        """
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, sorted by path. Links to folders are followed, to each folder once.
+    """All image files below a folder, sorted by path, as [`find_files`] finds them. What it leaves out is logged.
 
     Raises ValueError: no such folder, or no image in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder of images.")
-    paths, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a second link to it, or a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        paths += [Path(parent, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    paths.sort()
-    if not paths:
-        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    return paths
+    found = find_files(folder, image_suffixes())
+    for line in found.skipped_lines():
+        logger.warning("%s: %s", folder, line)
+    if not found.files:
+        raise ValueError(f"{folder} holds no image ({', '.join(image_suffixes())}).")
+    return list(found.files.values())
 
 
 class FolderPictures:
@@ -69,8 +65,7 @@ class FolderPictures:
         return str(self.paths[index])
 
     def load(self, index: int) -> Image.Image:
-        with open_picture(self.paths[index]) as image:
-            return upright_rgb(image)
+        return read_picture(self.paths[index], self.name(index), upright_rgb)
 
 
 class TarPictures:
@@ -90,13 +85,18 @@ class TarPictures:
     def __init__(self, shards: Sequence[str | os.PathLike]):
         self.shards = [Path(shard) for shard in shards]
         self.members: list[tuple[int, str, int, int]] = []  # shard, name, offset, bytes
+        endings = image_suffixes()
+
+        def is_picture(name: str) -> bool:
+            return name.lower().endswith(endings) and not is_ignored(name.removeprefix("./"))
+
         for number, shard in enumerate(self.shards):
             try:
                 with tarfile.open(shard, "r:") as archive:
                     self.members += [
                         (number, member.name, member.offset_data, member.size)
                         for member in archive
-                        if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES)
+                        if member.isfile() and is_picture(member.name)
                     ]
             except tarfile.TarError as error:
                 raise ValueError(
@@ -104,9 +104,7 @@ class TarPictures:
                     "plain .tar files; unpack compressed ones first."
                 ) from error
         if not self.members:
-            raise ValueError(
-                f"No image ({', '.join(IMAGE_SUFFIXES)}) in {len(self.shards)} archives: {self.shards[0]}, ..."
-            )
+            raise ValueError(f"No image ({', '.join(endings)}) in {len(self.shards)} archives: {self.shards[0]}, ...")
 
     def __len__(self) -> int:
         return len(self.members)
@@ -120,8 +118,7 @@ class TarPictures:
         with self.shards[shard].open("rb") as file:
             file.seek(offset)
             data = file.read(size)
-        with open_picture(io.BytesIO(data)) as image:
-            return upright_rgb(image)
+        return read_picture(io.BytesIO(data), self.name(index), upright_rgb)
 
 
 class DatasetPictures:
@@ -163,8 +160,7 @@ class DatasetPictures:
     def load(self, index: int) -> Image.Image:
         stored = self.rows[index][self.column]
         source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
-        with open_picture(source) as image:
-            return upright_rgb(image)
+        return read_picture(source, self.name(index), upright_rgb)
 
 
 def open_pictures(place: str | os.PathLike) -> Pictures:

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
 from gpstoken_diffusers.assets import MINI
 from gpstoken_diffusers.evaluation.metrics import psnr
-from gpstoken_diffusers.image_processor import IMAGE_SUFFIXES
+from gpstoken_diffusers.folder_files import find_files
+from gpstoken_diffusers.picture_files import image_suffixes
 from gpstoken_diffusers.token_files import ENCODINGS, encoded_size
 from gpstoken_diffusers.training.data import center_crop, to_pixel_values
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--max_images", type=positive, default=40, help="Take at most this many, evenly spread.")
     args = parser.parse_args()
     model = AutoencoderGPSToken.from_pretrained(args.model).eval()
-    paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = list(find_files(args.images, image_suffixes(), recursive=False).files.values())
     if not paths:
         parser.error(f"there are no pictures in {args.images}")
     paths = paths[:: max(1, len(paths) // args.max_images)][: args.max_images]

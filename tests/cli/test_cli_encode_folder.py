@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_runs import names_in, photo, run, save_tiny_model
+from command_runs import names_in, odd_picture, photo, run, save_tiny_model
 
 from gpstoken_diffusers import GPSTokens
 from gpstoken_diffusers.cli.encode_folder import batches
@@ -103,11 +103,13 @@ def test_other_settings_or_files_of_others_are_refused(encode, tmp_path, capsys)
 def test_broken_pictures_are_named_and_left_out(encode, photos, tmp_path, capsys):
     (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:60])
     (photos / "empty.jpg").touch()
+    odd_picture(photos / "odd.dds")
     photo(photos / "tiny.png", 2, 2)
     assert encode() == 1
     captured = capsys.readouterr()
     assert "error: 3.png: " in captured.err and "error: empty.jpg: " in captured.err
-    assert ", 2 failed" in captured.out or ", 3 failed" in captured.out
+    assert "odd.dds is damaged or truncated: Unimplemented" in captured.err and "Traceback" not in captured.err
+    assert ", 3 failed" in captured.out or ", 4 failed" in captured.out
     assert "0.png.safetensors" in names_in(tmp_path / "tokens")
     assert not {"3.png.safetensors", "empty.jpg.safetensors"} & names_in(tmp_path / "tokens")
 

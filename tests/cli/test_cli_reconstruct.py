@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_runs import names_in, photo, run, save_tiny_model
+from command_runs import names_in, odd_picture, photo, run, save_tiny_model
 from model_zoo import tiny_model
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -67,6 +67,18 @@ def test_reconstruct_a_folder(model_folder, tmp_path, capsys):
     said = capsys.readouterr()
     assert "3 reconstructed" in said.out and f"PSNR {mean:.2f} dB" in said.out
     assert "3/3" in said.err  # the progress bar
+
+
+def test_whatever_a_picture_raises_is_its_own_error(model_folder, tmp_path, capsys):
+    photos = photo(tmp_path / "photos" / "a.png").parent
+    odd_picture(photos / "b.dds")
+    photo(photos / "c.png")
+    (photos / "d.txt").touch()
+    assert run("reconstruct", photos, "-o", tmp_path / "out", "--model", model_folder) == 1
+    said = capsys.readouterr()
+    assert "error: b.dds: " in said.err and "Unimplemented pixel format" in said.err and "Traceback" not in said.err
+    assert "1 left out (another kind of file, by its name): d.txt" in said.err
+    assert "2 reconstructed, 1 failed" in said.out
 
 
 def test_reconstruct_recursive_and_quiet(model_folder, tmp_path, capsys):

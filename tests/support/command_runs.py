@@ -28,6 +28,15 @@ def photo(path: Path, height: int = 40, width: int = 56, seed: int = 0) -> Path:
     return path
 
 
+def odd_picture(path: Path) -> Path:
+    """Write a picture that makes Pillow raise what it raises for no other: NotImplementedError."""
+    Image.new("RGB", (8, 8)).save(path, "DDS")
+    data = bytearray(path.read_bytes())
+    data[80:88] = (4).to_bytes(4, "little") + b"odd?"  # flags of the pixel format: a code, and the code
+    path.write_bytes(data)
+    return path
+
+
 def run(*argv: object) -> int:
     """Returns the exit code."""
     return cli.main([str(argument) for argument in argv])

@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import pytest
+from command_runs import odd_picture
 from model_zoo import smooth_picture
 from PIL import Image
 
@@ -51,6 +52,28 @@ def test_what_a_view_uncovers(mode, border):
         assert changed.getpixel((16, 16)) == image.getpixel((0, 0))
     assert border in corners
     assert mode == "RGBA" or corners == {border}
+
+
+def test_whatever_a_picture_raises_is_named(tmp_path):
+    with pytest.raises(ValueError, match="damaged .Unimplemented pixel format"):
+        load_picture(odd_picture(tmp_path / "odd.dds"))
+
+
+def test_classes_are_folders_links_to_folders_and_no_others(tmp_path, caplog):
+    for name in ("data/ant/1.png", "data/__MACOSX/1.png", "data/loose.png", "bee/below/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        smooth_picture(1).save(tmp_path / name)
+    (tmp_path / "data" / "bee").symlink_to(tmp_path / "bee")
+    (tmp_path / "data" / "same-bee").symlink_to(tmp_path / "bee")
+    (tmp_path / "data" / "ant" / "back").symlink_to(tmp_path / "data")
+    pictures = open_labelled(str(tmp_path / "data"), "train")
+    assert pictures.id2label == {0: "ant", 1: "bee"}
+    assert pictures.names == ["ant/1.png", "bee/below/2.png"] and pictures.labels == [0, 1]
+    assert "1 left out (outside of the class folders): loose.png" in caplog.text
+    assert "2 left out (leads to a folder that was searched already): ant/back, same-bee" in caplog.text
+    (tmp_path / "data" / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no image"):
+        open_labelled(str(tmp_path / "data"), "train")
 
 
 def test_flips_are_asked_for():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_runs import odd_picture
 from PIL import Image
 from torch.utils.data import DataLoader
 from training_runs import make_photographs
@@ -192,10 +193,11 @@ def test_unreadable_pictures_are_replaced_and_named(photographs, tmp_path, caplo
     (tmp_path / "text.jpg").write_bytes(b"no picture at all")
     # A pickle with code in it is no picture either.
     (tmp_path / "code.png").write_bytes(b"cos\nsystem\n(S'touch /tmp/gpstoken_was_here'\ntR.")
+    odd_picture(tmp_path / "odd.dds")
     crops = TrainingCrops(tmp_path, 32, 1, length=16)
     samples = [crops[index] for index in range(16)]
     skipped = {Path(name).name for sample in samples for name in sample["skipped"]}
-    assert skipped == {"cut.png", "empty.png", "text.jpg", "code.png"}
+    assert skipped == {"cut.png", "empty.png", "text.jpg", "code.png", "odd.dds"}
     assert all(sample["pixel_values"].isfinite().all() for sample in samples)
     batch = collate_crops(samples)
     assert len(batch["skipped"]) == sum(len(sample["skipped"]) for sample in samples)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gpstoken_diffusers.picture_files import readable_formats
 from gpstoken_diffusers.training.data import center_crop, to_pixel_values
-from gpstoken_diffusers.training.pictures import UNREADABLE, FolderPictures
+from gpstoken_diffusers.training.pictures import FolderPictures
 
 
 class Squares:
@@ -41,9 +42,9 @@ class Squares:
         large, largest, self.left_out = [], 0, 0
         for number, path in enumerate(self._pictures.paths):
             try:
-                with Image.open(path) as image:
+                with Image.open(path, formats=readable_formats()) as image:
                     side = min(image.size)
-            except UNREADABLE as error:
+            except Exception as error:  # whatever a picture raises is its own error
                 self.damaged[str(path)] = _reason(error)
                 continue
             largest = max(largest, side)
@@ -72,7 +73,7 @@ class Squares:
         for place, number in enumerate(self._chosen):
             try:
                 square = center_crop(self._pictures.load(number), self.resolution)
-            except UNREADABLE as error:
+            except Exception as error:  # whatever a picture raises is its own error
                 self.damaged[str(self.paths[place])] = _reason(error)
                 continue
             places.append(place)
