@@ -1,8 +1,6 @@
-"""What all tests share: where the golden tensors lie."""
+"""What all tests share: one thread each, groups for several workers, attention as it was."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +19,6 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(group))
 
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-
-
 @pytest.fixture
 def keep_attention_backend():
     """diffusers' set_attention_backend changes the default of the whole process; this puts it back.
@@ -35,11 +30,3 @@ def keep_attention_backend():
     name, _ = _AttentionBackendRegistry.get_active_backend()
     yield
     _AttentionBackendRegistry.set_active_backend(name)
-
-
-def golden(name: str) -> Path:
-    """Path of a golden file; skips the test, saying so, where the reference data are not at hand."""
-    path = GOLDEN / name
-    if not path.is_file():
-        pytest.skip(f"reference tensors are not at hand: {name} is not in shared/golden beside the checkout")
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from .. import __version__
@@ -116,6 +118,9 @@ class FolderLoadingMixin:
                 f"{type(self).__name__} saves safetensors only, as it loads nothing else: leave out safe_serialization."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    # diffusers' pipelines hand on only what they find among a model's parameters, such as `variant`.
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)
 
     def to_json_string(self) -> str:
         """The configuration as it is saved, without the local path that diffusers would add."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_runs import names_in, photo, raising, run
-from conftest import golden
+from golden_files import golden
 from model_zoo import SMALL_CONFIG
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokens

@@ -11,8 +11,10 @@
 #include <map>
 #include <utility>
 
+#include "splat_cuda.cu"
+
+// After it, as it has the types of half_types.h in sight.
 #include "partition_cuda.cu"
-#include "splat_cuda.cu"  // before partition_cuda.cu, which has the types of half_types.h in sight
 
 namespace {
 
@@ -94,12 +96,9 @@ int cuDevicePrimaryCtxRetain(size_t* context, int device) {
 }
 int cuModuleLoadData(size_t* module, const char* code) {
     if (current_context == 0) return 201;
-    if (strncmp(code,
-                "\x7f"
-                "ELF",
-                4) != 0 &&
-        strncmp(code, "//\n// Generated", 15) != 0)
-        return 200;
+    const bool is_binary = strncmp(code, "\177ELF", 4) == 0;
+    const bool is_assembly = strncmp(code, "//\n// Generated", 15) == 0;
+    if (!is_binary && !is_assembly) return 200;
     modules.push_back(current_context);
     *module = modules.size();
     return 0;

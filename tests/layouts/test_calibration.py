@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_judge import Box, assert_valid, halves_of, picture, sides

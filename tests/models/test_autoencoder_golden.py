@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from model_zoo import (
     SMALL_CONFIG,
     load_golden,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden
 from fresh_python import FreshPython, Raised
+from golden_files import golden
 from local_hub import LocalHub
 from model_zoo import SMALL_CONFIG, load_golden, small_model
 from safetensors.torch import save_file

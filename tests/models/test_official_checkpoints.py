@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from model_zoo import SMALL_CONFIG, load_golden
 from safetensors.torch import load_file, save_file
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from model_zoo import load_golden
 from pipeline_zoo import tiny_transformer
 from safetensors.torch import load_file, save_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_judge import noise

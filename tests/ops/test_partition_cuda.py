@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import golden
 from emulation.checkers import sanitised_program
 from emulation.toolchain import compile_emulation, find_compiler
+from golden_files import golden
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout_judge import noise

@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from package_process import run_code_on

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from model_zoo import load_golden, noise_images, small_model
 from pipeline_zoo import SMALL_GENERATOR
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import golden
 from diffusers import FlowMatchEulerDiscreteScheduler
+from golden_files import golden
 from model_zoo import load_golden
 from pipeline_zoo import SMALL_GENERATOR
 

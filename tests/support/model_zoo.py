@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import torch
-from conftest import golden
+from golden_files import golden
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from token_zoo import GEOMETRY, TEXTURE, assert_same, make_tokens

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from safetensors.torch import load_file
 from token_zoo import GEOMETRY, TEXTURE, assert_same, make_tokens
 

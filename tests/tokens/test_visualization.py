@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from golden_files import golden
 from PIL import Image
 from safetensors.torch import load_file
 
