@@ -4,8 +4,12 @@
     accelerate launch examples/train/encode_dataset.py --data pictures/train --output tokens --num_tokens 128 --views 4
 
 --data holds one folder per class with pictures in it (Class/any/picture.png); classes are numbered in the order of
-their names. A folder with pictures and no folders in it is one class. With the package `datasets`, --data may also be a
-dataset that it saved on disk (`save_to_disk`) or loads by name, with one column of pictures and one of class labels.
+their names. A folder with pictures and no folders in it is one class. Besides, --data may be
+
+  - tar shards as WebDataset writes them: a folder of them, or a pattern such as "shards/train-{0000..0012}.tar" or
+    "shards/*.tar"; classes are what the `.cls` files say, and all pictures are one class where there are none,
+  - with the package `datasets`, a dataset that it saved on disk (`save_to_disk`), a folder or a pattern of parquet
+    files, or a name that it loads; classes are in the column of class labels, and without one there is one class.
 
 Each picture is laid on white where it is transparent, scaled so that its shorter side is the model's tile, and cut to
 its centre square. With --views K it has K - 1 more items, each changed a little: scaled by 0.8 to 1.1, moved by up to
@@ -33,6 +37,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import gpstoken_diffusers.training  # noqa: F401  before torch, which reads a setting that it makes
+
+# isort: split
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -45,10 +52,12 @@ from gpstoken_diffusers.ops.partition import max_tokens
 from gpstoken_diffusers.training.labelled_pictures import (
     ClassFolders,
     LabelledDataset,
+    LabelledShards,
     change_view,
     load_picture,
     open_labelled,
 )
+from gpstoken_diffusers.training.launch import COUNT, NATURAL
 from gpstoken_diffusers.training.token_dataset import (
     TokenDataset,
     model_fingerprint,
@@ -66,26 +75,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--autoencoder", default="mini", help='Folder of an AutoencoderGPSToken, or "mini", the one shipped.')
-    add("--data", required=True, help="Folder of class folders or pictures, or a dataset of the package `datasets`.")
-    add("--split", default="train", help="Which split of a dataset that `datasets` loads by name.")
+    add("--data", required=True, help="Folder of class folders or pictures, tar shards, or a dataset: see above.")
+    add("--split", default="train", help="Which split of a dataset.")
+    add("--image_column", help="Where a dataset has several columns of pictures.")
+    add("--label_column", help="Where a dataset has several columns of classes.")
     add("--output", type=Path, required=True, help="Folder for the shards and dataset.json.")
-    add("--num_tokens", type=int, help="Tokens per picture; default: the autoencoder's own number.")
-    add("--views", type=int, default=1, help="Items per picture: itself, and this many less 1 changed a little.")
+    add("--num_tokens", type=COUNT, help="Tokens per picture; default: the autoencoder's own number.")
+    add("--views", type=COUNT, default=1, help="Items per picture: itself, and this many less 1 changed a little.")
     add("--flip", action="store_true", help="Mirror half of the changed views.")
-    add("--shard_size", type=int, default=1024, help="Items per file.")
-    add("--batch_size", type=int, default=16, help="Pictures that the autoencoder encodes at once.")
+    add("--shard_size", type=COUNT, default=1024, help="Items per file.")
+    add("--batch_size", type=COUNT, default=16, help="Pictures that the autoencoder encodes at once.")
     add(
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16"],
         help="What the autoencoder computes in. Texture is stored as float32, or as float16 after bfloat16.",
     )
-    add("--num_workers", type=int, default=1, help="Processes that read and partition pictures, per encoder.")
-    args = parser.parse_args(argv)
-    for name in ("views", "shard_size", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    return args
+    add("--num_workers", type=NATURAL, default=1, help="Processes that read and partition pictures, per encoder.")
+    return parser.parse_args(argv)
 
 
 class EncoderInputs(Dataset):
@@ -95,7 +102,9 @@ class EncoderInputs(Dataset):
     could be read; `names` and `labels` of the items in it; `skipped`, picture -> reason.
     """
 
-    def __init__(self, pictures: ClassFolders | LabelledDataset, processor: GPSTokenImageProcessor, args):
+    def __init__(
+        self, pictures: ClassFolders | LabelledShards | LabelledDataset, processor: GPSTokenImageProcessor, args
+    ):
         self.pictures, self.processor = pictures, processor
         self.views, self.flip = args.views, args.flip
 
@@ -217,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     # At the end all processes wait for the slowest, however long it takes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     main = accelerator.is_main_process
-    pictures = open_labelled(args.data, args.split)
+    pictures = open_labelled(args.data, args.split, args.image_column, args.label_column)
     source = MINI if args.autoencoder == "mini" else args.autoencoder
     model = AutoencoderGPSToken.from_pretrained(source, torch_dtype=getattr(torch, args.dtype)).eval()
     config = model.config

@@ -24,6 +24,9 @@ import shlex
 import sys
 from pathlib import Path
 
+import gpstoken_diffusers.training  # noqa: F401  before torch, which reads a setting that it makes
+
+# isort: split
 import torch
 from accelerate import Accelerator
 
@@ -35,7 +38,7 @@ from gpstoken_diffusers.training.autoencoder_objective import (
     load_validation,
 )
 from gpstoken_diffusers.training.data import CROPS, TrainingCrops, collate_crops
-from gpstoken_diffusers.training.launch import add_loop_arguments, make_accelerator
+from gpstoken_diffusers.training.launch import COUNT, NATURAL, SHARE_BELOW_1, add_loop_arguments, make_accelerator
 from gpstoken_diffusers.training.loop import train
 from gpstoken_diffusers.training.model_card import write_model_card
 from gpstoken_diffusers.training.pictures import DatasetPictures, Pictures, open_pictures
@@ -60,21 +63,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset_split", default="train")
     add("--image_column", default="image")
     add("--validation_dir", nargs="+", default=[], help="Held-out images as for --train_dir; none is trained on.")
-    add("--max_validation_images", type=int, default=32, help="Of each of them.")
-    add("--preset", default="mini", choices=MODELS, help="Sizes of a fresh model, or of an official file.")
+    add("--max_validation_images", type=COUNT, default=32, help="Of each of them.")
+    add("--preset", choices=MODELS, help="Sizes of a fresh model (default: mini), or of an official file.")
     add("--config", help="JSON file of AutoencoderGPSToken arguments that replace those of the preset.")
     add("--pretrained", help="A model to start from: a folder, or an official .safetensors file.")
     add("--freeze", choices=["encoder", "decoder"], help="A part that is not trained.")
     add(
         "--lora_rank",
-        type=int,
+        type=NATURAL,
         default=0,
         help="Train low-rank adapters of the refinement transformer alone; they "
         "are merged into OUTPUT_DIR/model, and saved by themselves to OUTPUT_DIR/model/lora.",
     )
-    add("--resolution", type=int, help="Side of the training crops, and the model's tile; default: the model's.")
-    add("--num_tokens", type=int, help="Tokens per crop; default: the model's.")
-    add("--token_jitter", type=float, default=0.25, help="A batch has num_tokens (1 +- this) tokens.")
+    add("--resolution", type=COUNT, help="Side of the training crops, and the model's tile; default: the model's.")
+    add("--num_tokens", type=COUNT, help="Tokens per crop; default: the model's.")
+    add("--token_jitter", type=SHARE_BELOW_1, default=0.25, help="A batch has num_tokens (1 +- this) tokens.")
     add("--crop", default="scales", choices=CROPS, help="Crops of all scales, or centre squares.")
     add("--perceptual_network", default="efficientnet-lite0", choices=NAMES)
     add("--perceptual_weights", help="File of its weights; default: what fetch_perceptual.py fetched.")
@@ -94,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.train_dir) == bool(args.dataset_name):
         parser.error("give --train_dir or --dataset_name")
-    if not 0 <= args.token_jitter < 1:
-        parser.error("--token_jitter must lie in [0, 1)")
+    if args.pretrained and not Path(args.pretrained).is_file() and (args.preset or args.config):
+        parser.error("the sizes of a --pretrained folder are its own: leave --preset and --config out")
     if args.lora_rank and args.freeze:
         parser.error("--lora_rank trains the adapters alone: leave --freeze out")
     return args
@@ -104,13 +107,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
     """The model to train, with --resolution as its tile and --num_tokens as its default, where they are given."""
     if args.pretrained is None:
-        config = dict(MODELS[args.preset])
+        config = dict(MODELS[args.preset or "mini"])
         if args.config:
             config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
         model = AutoencoderGPSToken(**config)
     elif Path(args.pretrained).is_file():
-        preset = None if args.preset == "mini" else args.preset
-        model = AutoencoderGPSToken.from_single_file(args.pretrained, preset=preset, config=args.config)
+        model = AutoencoderGPSToken.from_single_file(args.pretrained, preset=args.preset, config=args.config)
     else:
         model = AutoencoderGPSToken.from_pretrained(args.pretrained)
     model = with_tile(model, args.resolution or model.config.sample_size, args.num_tokens or model.config.num_tokens)

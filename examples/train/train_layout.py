@@ -16,6 +16,9 @@ import json
 import logging
 from pathlib import Path
 
+import gpstoken_diffusers.training  # noqa: F401  before torch, which reads a setting that it makes
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -23,6 +26,7 @@ from torch.utils.data import Dataset
 from gpstoken_diffusers import GPSTokenLayoutModel
 from gpstoken_diffusers.models.transformer_gpstoken_layout import layout_features
 from gpstoken_diffusers.training.generator_loop import add_training_arguments, load_pretrained, train_generator
+from gpstoken_diffusers.training.launch import COUNT
 from gpstoken_diffusers.training.previews import save_layout_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
@@ -34,9 +38,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_dir", help="Token dataset that is not trained on.")
     add("--pretrained", help="Folder of a model to start from; default: a fresh one.")
     add("--config", help="JSON file of GPSTokenLayoutModel arguments that replace the defaults.")
-    add("--min_region_size", type=int, default=8, help="Of the partitions that layouts come from, px.")
+    add("--min_region_size", type=COUNT, default=8, help="Of the partitions that layouts come from, px.")
     add_training_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.pretrained and args.config:
+        parser.error("the sizes of a --pretrained model are its own: leave --config out")
+    return args
 
 
 class LayoutLatents(Dataset):

@@ -16,6 +16,9 @@ import json
 import logging
 from pathlib import Path
 
+import gpstoken_diffusers.training  # noqa: F401  before torch, which reads a setting that it makes
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -53,7 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--config", help="JSON file of GPSTokenTransformerModel arguments that replace the mini configuration's.")
     add_training_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.pretrained and args.config:
+        parser.error("the sizes of a --pretrained model are its own: leave --config out")
+    return args
 
 
 class TextureLatents(Dataset):

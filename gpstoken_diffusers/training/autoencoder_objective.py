@@ -16,6 +16,7 @@ from ..image_processor import GPSTokenImageProcessor
 from ..visualization import picture_grid
 from .data import center_crop, to_pixel_values
 from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight
+from .launch import AMOUNT, COUNT, NATURAL, RATE
 from .objective import Objective
 from .pictures import Pictures
 from .run_record import RunState
@@ -27,24 +28,24 @@ SHEET_COLUMNS = 8
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `AutoencoderObjective` reads."""
     add = parser.add_argument
-    add("--l1_weight", type=float, default=1.0)
-    add("--l2_weight", type=float, default=1.0)
-    add("--perceptual_weight", type=float, default=0.0, help="Of the distance that --perceptual_network measures.")
-    add("--feature_weight", type=float, default=0.0, help="Of the distance that --feature_network measures.")
-    add("--adversarial_weight", type=float, default=0.0, help="Of the critic's opinion; 0 trains without a critic.")
-    add("--critic_start", type=int, default=0, help="Step at which the critic begins.")
+    add("--l1_weight", type=AMOUNT, default=1.0)
+    add("--l2_weight", type=AMOUNT, default=1.0)
+    add("--perceptual_weight", type=AMOUNT, default=0.0, help="Of the distance that --perceptual_network measures.")
+    add("--feature_weight", type=AMOUNT, default=0.0, help="Of the distance that --feature_network measures.")
+    add("--adversarial_weight", type=AMOUNT, default=0.0, help="Of the critic's opinion; 0 trains without a critic.")
+    add("--critic_start", type=NATURAL, default=0, help="Step at which the critic begins.")
     add(
         "--critic_schedule",
         default="both",
         choices=CRITIC_SCHEDULES,
         help="Train model and critic in every step, or in turns, each every other step, as officially.",
     )
-    add("--critic_learning_rate", type=float, default=1e-4)
-    add("--critic_channels", type=int, default=64)
+    add("--critic_learning_rate", type=RATE, default=1e-4)
+    add("--critic_channels", type=COUNT, default=64)
     add("--critic_norm", default="group", choices=["group", "batch"])
     add(
         "--texture_noise",
-        type=float,
+        type=AMOUNT,
         default=0.0,
         help="Noise on textures, up to this share of their deviation: for tokens that a generator is to draw.",
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -14,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # What a run leaves beside its checkpoints.
 _OF_A_RUN = ("model", "curve.jsonl", "logs", "skipped.txt")
+_SETTINGS_FILE = "settings.json"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -51,8 +54,10 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, wanted: str | N
     accelerator.wait_for_everyone()
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep: int) -> None:
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep: int, settings: dict[str, Any]) -> None:
     """Write the state of a run, into a temporary folder that is renamed once complete; remove all but `keep`.
+
+    `settings` are what [`check_checkpoint`] compares.
 
     Checkpoints of later steps go too: the run went back behind them, and takes those steps anew. Every process must
     call this.
@@ -66,6 +71,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, keep:
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            (temporary / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
@@ -105,6 +112,38 @@ def find_checkpoint(output_dir: Path, wanted: str, must_exist: bool = True) -> P
             f"{output_dir} has {known}."
         )
     return output_dir / checkpoint.name if checkpoint.resolve().parent == output_dir.resolve() else checkpoint
+
+
+def check_checkpoint(output_dir: Path, wanted: str | None, settings: dict[str, Any]) -> None:
+    """See that a run can go on from a checkpoint, see [`find_checkpoint`], before anything is loaded or changed.
+
+    Args:
+        settings: of this run, in JSON's types: what decides which numbers a checkpoint holds.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the checkpoint was taken with other settings.
+    """
+    if wanted is None or not (file := find_checkpoint(output_dir, wanted) / _SETTINGS_FILE).is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    others = [name for name, value in settings.items() if before.get(name, value) != value]
+    if others:
+        differences = [
+            f"{name} is {before[name]} there and {settings[name]} here"
+            if not isinstance(settings[name], dict)
+            else f"{name} differ, such as {_first_difference(before[name], settings[name])}"
+            for name in others
+        ]
+        raise ValueError(
+            f"Expected the settings that {file.parent} was trained with, got others: {'; '.join(differences)}. Give "
+            f"the same ones to go on, or start another run from its weights: --pretrained {output_dir / 'model'}."
+        )
+
+
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    name = next(name for name in [*before, *now] if before.get(name) != now.get(name))
+    return f"{name}: {before.get(name, 'not trained')} there and {now.get(name, 'not trained')} here"
 
 
 def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .flow_matching import TIME_SAMPLINGS, FlowMatchingSamples, flow_matching_loss
-from .launch import add_loop_arguments, make_accelerator
+from .launch import SHARE, add_loop_arguments, make_accelerator
 from .loop import train
 from .objective import Objective
 from .run_record import RunState
@@ -30,7 +30,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `train_generator` reads."""
     add_loop_arguments(parser)
     parser.add_argument(
-        "--label_dropout", type=float, default=0.1, help="Share of samples without their label, for guidance."
+        "--label_dropout", type=SHARE, default=0.1, help="Share of samples without their label, for guidance."
     )
     parser.add_argument("--time_sampling", default="logit_normal", choices=TIME_SAMPLINGS)
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..folder_files import SEARCHED_ALREADY, FoundFiles, find_files, is_ignored
 from ..picture_files import image_suffixes, open_picture, upright
+from .pictures import TarPictures, find_shards, is_saved_dataset, load_rows
 
 logger = logging.getLogger(__name__)
 
+# Kinds of columns of a dataset, and the option that names one.
+_KINDS = {"Image": "--image_column", "ClassLabel": "--label_column"}
+_LABEL_NAMES = ("label", "labels", "class", "cls")
 VIEW_SCALE = (0.8, 1.1)
 """How large [`change_view`] may make a picture."""
 VIEW_SHIFT = 0.06
@@ -64,21 +69,83 @@ class ClassFolders:
         return digest.hexdigest()
 
 
-class LabelledDataset:
-    """The pictures of a dataset of the package `datasets`: its only column of images, and of class labels.
+class LabelledShards:
+    """The pictures of tar shards, of the classes that their `.cls` files say; one class where there are none.
 
-    Raises ValueError: it has no such columns, or several, or pictures without a class (as test splits do).
+    Args:
+        shards: the archives, see [`TarPictures`].
+        title: what to call the only class.
+
+    Raises: as `TarPictures`, and ValueError where some pictures have a class and others none.
     """
 
-    def __init__(self, dataset: Any):
-        columns = {kind: [] for kind in ("Image", "ClassLabel")}
-        for name, feature in dataset.features.items():
-            columns.get(type(feature).__name__, []).append(name)
-        if any(len(names) != 1 for names in columns.values()):
-            raise ValueError(f"Expected a dataset with one Image and one ClassLabel column, got {dataset.features}.")
-        (image_column,), (label_column,) = columns["Image"], columns["ClassLabel"]
-        self.id2label = dict(enumerate(dataset.features[label_column].names))
-        self.labels = list(dataset[label_column])
+    def __init__(self, shards: Sequence[str | os.PathLike], title: str):
+        self.pictures = TarPictures(shards)
+        classes = self.pictures.classes() or [title] * len(self.pictures)
+        self.id2label, self.labels = _number_classes(classes)
+        self.names = [f"{self.pictures.shards[shard].name}/{name}" for shard, name, *_ in self.pictures.members]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def open(self, index: int) -> io.BytesIO:
+        return self.pictures.open(index)
+
+    def fingerprint(self) -> str:
+        """Changes with the names, classes and sizes of the files."""
+        digest = hashlib.sha256()
+        for name, label, (*_, size) in zip(self.names, self.labels, self.pictures.members, strict=True):
+            digest.update(os.fsencode(f"{name}\0{self.id2label[label]}\0{size}\n"))
+        return digest.hexdigest()
+
+
+def _number_classes(classes: Sequence[Any]) -> tuple[dict[int, str], list[int]]:
+    """Names of classes by number, and the number of each item: in the order of numbers where all names are numbers."""
+    names = sorted({str(name) for name in classes})
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    numbers = {name: number for number, name in enumerate(names)}
+    return dict(enumerate(names)), [numbers[str(name)] for name in classes]
+
+
+class LabelledDataset:
+    """The pictures of a dataset of the package `datasets`, of the classes that a column says.
+
+    Args:
+        dataset: its rows.
+        title: what to call the only class where there are none, or where all are -1, as in test splits.
+        image_column: None takes the only one of pictures.
+        label_column: of class labels, numbers or names; None takes the only one of class labels, else one that is
+            called label, labels, class or cls.
+
+    Raises ValueError: several columns to choose from, none of pictures, or pictures without a class among others.
+    """
+
+    def __init__(
+        self, dataset: Any, title: str = "all", image_column: str | None = None, label_column: str | None = None
+    ):
+        features = dataset.features
+        columns = {kind: [name for name in features if type(features[name]).__name__ == kind] for kind in _KINDS}
+        columns["ClassLabel"] = columns["ClassLabel"] or [name for name in features if name in _LABEL_NAMES]
+        given = {"Image": image_column, "ClassLabel": label_column}
+        for kind, name in given.items():
+            if name is not None and name not in features:
+                raise ValueError(f"Expected a column of the dataset: {', '.join(features)}, got {name!r}.")
+            if name is None and len(columns[kind]) > 1:
+                raise ValueError(
+                    f"Expected one {kind} column, got {', '.join(columns[kind])}: say by {_KINDS[kind]} which to take."
+                )
+        image_column = image_column or next(iter(columns["Image"]), None)
+        label_column = label_column or next(iter(columns["ClassLabel"]), None)
+        if image_column is None:
+            raise ValueError(f"Expected a dataset with one Image column, got {', '.join(features)}.")
+        labels = [-1] if label_column is None else list(dataset[label_column])
+        if set(labels) == {-1}:
+            self.id2label, self.labels = {0: title}, [0] * len(dataset)
+        elif type(features[label_column]).__name__ == "ClassLabel":
+            self.id2label, self.labels = dict(enumerate(features[label_column].names)), labels
+        else:
+            self.id2label, self.labels = _number_classes(labels)
         if strangers := set(self.labels) - self.id2label.keys():
             raise ValueError(f"Expected classes 0 to {len(self.id2label) - 1}, got {strangers}: take a labelled split.")
         # Undecoded, so that a damaged picture can be left out like one in a folder.
@@ -99,23 +166,32 @@ class LabelledDataset:
         return self._fingerprint
 
 
-def open_labelled(data: str, split: str) -> ClassFolders | LabelledDataset:
-    """The pictures that --data means.
+def open_labelled(
+    data: str, split: str, image_column: str | None = None, label_column: str | None = None
+) -> ClassFolders | LabelledShards | LabelledDataset:
+    """The pictures that --data means: a folder of pictures, of tar shards, of parquet files or of a saved dataset, a
+    pattern of shards or parquet files (see [`match_files`]), or the name of a dataset.
 
-    Raises ValueError: neither a folder of class folders nor a dataset, or `datasets` would be needed and is missing.
+    Raises ValueError: neither of them, or `datasets` would be needed and is missing.
     """
     folder = Path(data)
-    saved = (folder / "state.json").is_file()
-    if folder.is_dir() and not saved:
+    if shards := find_shards(data):
+        return LabelledShards(shards, (folder if folder.is_dir() else folder.parent).resolve().name)
+    if folder.is_dir() and not is_saved_dataset(folder) and not any(folder.rglob("*.parquet")):
         return ClassFolders(folder)
     try:
         import datasets
+
+        rows = load_rows(data, split)
     except ImportError as error:
         raise ValueError(
             f"{data} is no folder of class folders. If it is a dataset of the package `datasets`, install that first: "
             "pip install datasets"
         ) from error
-    return LabelledDataset(datasets.load_from_disk(data) if saved else datasets.load_dataset(data, split=split))
+    for name, feature in rows.features.items():  # files that others wrote say of pictures only that they are bytes
+        if (isinstance(feature, dict) and "bytes" in feature) or getattr(feature, "dtype", "").endswith("binary"):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return LabelledDataset(rows, folder.stem, image_column, label_column)
 
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:

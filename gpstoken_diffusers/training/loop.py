@@ -16,13 +16,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..safe_files import replace_folder
-from .checkpoints import claim_output_dir, resume_checkpoint, save_checkpoint
-from .launch import trackable_settings
+from .checkpoints import check_checkpoint, claim_output_dir, resume_checkpoint, save_checkpoint
+from .launch import start_trackers
 from .objective import Objective
 from .optimization import build_optimizer, learning_rate_scale
 from .run_record import Curve, RunState, dump_batch
@@ -62,7 +63,8 @@ def train(
         FloatingPointError: a loss or gradient is NaN or infinite. The batch is written to OUTPUT_DIR, the weights did
             not change, the last checkpoint stays.
         FileExistsError: OUTPUT_DIR has another run in it, see `checkpoints.claim_output_dir`.
-        OSError: a checkpoint cannot be written; the one before it stays whole.
+        OSError: a checkpoint or the model cannot be written; those before stay whole.
+        ValueError: a checkpoint of other settings, see `checkpoints.check_checkpoint`.
     """
     set_seed(args.seed)
     run = _Run(args, accelerator, model, samples, objective, collate, unit)
@@ -114,12 +116,20 @@ class _Run:
         self.ema.to(accelerator.device)
         accelerator.register_for_checkpointing(self.ema, self.state)
         self.per_step = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        trained = {name: list(value.shape) for name, value in self.plain.named_parameters() if value.requires_grad}
+        self.settings = {
+            "optimizer": args.optimizer,
+            "critic": critic is not None,
+            "fp16": accelerator.scaler is not None,
+            "trained weights": trained,
+        }
 
     def resume(self) -> None:
         """Goes back to the checkpoint that was asked for, if any: weights, curve and place in the data."""
         args, accelerator = self.args, self.accelerator
+        check_checkpoint(self.output_dir, args.resume_from_checkpoint, self.settings)
         if accelerator.log_with:
-            accelerator.init_trackers(self.output_dir.resolve().name, config=trackable_settings(args))
+            start_trackers(accelerator, args)
         resume_checkpoint(accelerator, self.output_dir, args.resume_from_checkpoint)
         if self.main:
             self.curve.forget_after(self.step)
@@ -265,13 +275,23 @@ class _Run:
 
     def _save(self) -> None:
         """A checkpoint, and the averaged model by itself."""
-        save_checkpoint(self.accelerator, self.output_dir, self.step, self.args.checkpoints_total_limit)
-        if self.main:
-            averaged = copy.deepcopy(self.plain)
-            self.ema.copy_to(averaged.parameters())
+        save_checkpoint(self.accelerator, self.output_dir, self.step, self.args.checkpoints_total_limit, self.settings)
+        if not self.main:
+            return
+        averaged = copy.deepcopy(self.plain)
+        self.ema.copy_to(averaged.parameters())
+        if self.args.save_dtype != "float32":  # which it is
             averaged.to(getattr(torch, self.args.save_dtype))
-            with replace_folder(self.output_dir / "model") as folder:
-                self.objective.save(averaged, folder, self.state)
+        folder = self.output_dir / "model"
+        try:
+            with replace_folder(folder) as fresh:
+                self.objective.save(averaged, fresh, self.state)
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own
+            raise OSError(
+                f"{folder} could not be written after step {self.step} ({error}). Is the disk full? The checkpoint of "
+                "that step is whole, and a model that was there before is too: make room, then go on with "
+                "--resume_from_checkpoint latest."
+            ) from error
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -85,19 +87,17 @@ class TarPictures:
     def __init__(self, shards: Sequence[str | os.PathLike]):
         self.shards = [Path(shard) for shard in shards]
         self.members: list[tuple[int, str, int, int]] = []  # shard, name, offset, bytes
+        self._classes: dict[tuple[int, str], tuple[int, int]] = {}  # shard, name up to its suffix: offset, bytes
         endings = image_suffixes()
-
-        def is_picture(name: str) -> bool:
-            return name.lower().endswith(endings) and not is_ignored(name.removeprefix("./"))
-
         for number, shard in enumerate(self.shards):
             try:
                 with tarfile.open(shard, "r:") as archive:
-                    self.members += [
-                        (number, member.name, member.offset_data, member.size)
-                        for member in archive
-                        if member.isfile() and is_picture(member.name)
-                    ]
+                    for member in filter(tarfile.TarInfo.isfile, archive):
+                        name = member.name
+                        if name.lower().endswith(endings) and not is_ignored(name.removeprefix("./")):
+                            self.members.append((number, name, member.offset_data, member.size))
+                        elif name.endswith(".cls"):
+                            self._classes[number, _key(name)] = member.offset_data, member.size
             except tarfile.TarError as error:
                 raise ValueError(
                     f"{shard}: not an uncompressed tar archive, or a damaged one ({error}). WebDataset shards are "
@@ -114,11 +114,37 @@ class TarPictures:
         return f"{self.shards[shard]}:{name}"
 
     def load(self, index: int) -> Image.Image:
+        return read_picture(self.open(index), self.name(index), upright_rgb)
+
+    def open(self, index: int) -> io.BytesIO:
+        """The file of a picture."""
         shard, _, offset, size = self.members[index]
+        return io.BytesIO(self._read(shard, offset, size))
+
+    def classes(self) -> list[str] | None:
+        """Per picture what the `.cls` file of the same name says, as WebDataset's have it; None without any of them.
+
+        Raises ValueError: some pictures have one, this one has none.
+        """
+        if not self._classes:
+            return None
+        found = []
+        for index, (shard, name, *_) in enumerate(self.members):
+            if (place := self._classes.get((shard, _key(name)))) is None:
+                raise ValueError(f"Expected a .cls file beside every picture or none, but {self.name(index)} has none.")
+            found.append(self._read(shard, *place).decode("utf-8", errors="replace").strip())
+        return found
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
         with self.shards[shard].open("rb") as file:
             file.seek(offset)
-            data = file.read(size)
-        return read_picture(io.BytesIO(data), self.name(index), upright_rgb)
+            return file.read(size)
+
+
+def _key(name: str) -> str:
+    """A file's name up to its suffixes: what the files of a sample have in common."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.split('.')[0]}"
 
 
 class DatasetPictures:
@@ -136,17 +162,11 @@ class DatasetPictures:
     """
 
     def __init__(self, name: str, split: str = "train", column: str = "image", config: str | None = None):
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError("Datasets of the Hub are read by the package datasets: pip install datasets") from error
-        if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(name)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:
-            rows = datasets.load_dataset(name, config, split=split)
+        rows = load_rows(name, split, config)
         if column not in rows.column_names:
             raise ValueError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}.")
+        import datasets  # it is there: it has read the rows
+
         # Undecoded, so that a damaged picture is ours to skip.
         self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.title, self.column = f"{name} ({split})", column
@@ -163,15 +183,70 @@ class DatasetPictures:
         return read_picture(source, self.name(index), upright_rgb)
 
 
+def load_rows(name: str, split: str, config: str | None = None) -> Any:
+    """A split of a dataset of the package `datasets`: what it saved on disk, a folder or pattern of parquet files, or a
+    name that it loads.
+
+    Raises:
+        ImportError: it is not installed.
+        ValueError: no such split.
+        OSError: no such dataset.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{name} is read by the package `datasets`: pip install datasets") from error
+    if is_saved_dataset(Path(name)):
+        rows = datasets.load_from_disk(name)
+        if isinstance(rows, datasets.DatasetDict) and split not in rows:
+            raise ValueError(f"Expected a split of {name}: {', '.join(rows)}, got {split}. Give one of them.")
+        return rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+    if name.endswith(".parquet"):
+        return datasets.load_dataset("parquet", data_files={split: match_files(name)}, split=split)
+    return datasets.load_dataset(name, config, split=split)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of the package `datasets` wrote a folder: of one split, or of several."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def match_files(pattern: str) -> list[str]:
+    """The files that a pattern means: "*", "?", "[ab]" as a shell takes them, "{00..12}", "{a,b}" as WebDataset does.
+
+    Raises ValueError: nothing, or nothing for one of the alternatives.
+    """
+    if os.path.isfile(pattern):
+        return [pattern]
+    parts = [
+        [str(number).zfill(len(low)) for number in range(int(low), int(high) + 1)] if low else choices.split(",")
+        for low, high, choices in re.findall(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    ]
+    fixed = re.split(r"\{[^{}]*\}", pattern)
+    found = []
+    for choice in itertools.product(*parts):
+        one = "".join(itertools.chain(*itertools.zip_longest(fixed, choice, fillvalue="")))
+        found += [one] if os.path.isfile(one) else sorted(glob.glob(one)) or [None]
+        if found[-1] is None:
+            break
+    if not found or found[-1] is None:
+        kind = "tar shard" if pattern.endswith(".tar") else "file"
+        raise ValueError(f"No {kind} matches {one if found else pattern}.")
+    return found
+
+
+def find_shards(place: str | os.PathLike) -> list[str]:
+    """The tar archives in a folder, or those that a pattern means, see [`match_files`]; empty for other places."""
+    text = str(place)
+    if os.path.isdir(text):
+        return sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
+    return match_files(text) if text.endswith(".tar") else []
+
+
 def open_pictures(place: str | os.PathLike) -> Pictures:
-    """The pictures of a folder, of tar shards in a folder, or of the tar shards that a pattern such as "x/*.tar" means.
+    """The pictures of a folder, or of tar shards, see [`find_shards`].
 
     Raises ValueError: nothing there.
     """
-    text = str(place)
-    shards = sorted(glob.glob(os.path.join(glob.escape(text), "*.tar"))) if os.path.isdir(text) else []
-    if text.endswith(".tar"):
-        shards = sorted(glob.glob(text))
-        if not shards:
-            raise ValueError(f"No tar shard matches {text}.")
-    return TarPictures(shards) if shards else FolderPictures(text)
+    shards = find_shards(place)
+    return TarPictures(shards) if shards else FolderPictures(place)

@@ -38,6 +38,16 @@ VARIANTS = {
 }
 
 
+def run_visibly(command: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Runs a command, shows its messages and its progress bar while they come; returns its exit code and them."""
+    written = []
+    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while piece := process.stderr.read1():
+            written.append(piece.decode(errors="replace"))
+            print(end=written[-1], file=sys.stderr, flush=True)
+    return process.returncode, "".join(written)
+
+
 def measure(variant: str, args: argparse.Namespace) -> tuple[float, float]:
     """(images per second after the first batch, seconds until the first batch) of one run."""
     processes, backend, precision = VARIANTS[variant]
@@ -52,11 +62,11 @@ def measure(variant: str, args: argparse.Namespace) -> tuple[float, float]:
         variables = {**os.environ, "GPSTOKEN_BACKEND": backend, "OMP_NUM_THREADS": str(args.threads)}
         if args.device == "cpu":
             variables |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{variant}: the training script failed:\n{done.stderr[-3000:]}")
+        code, text = run_visibly(command, variables)
+        if code:
+            raise ValueError(f"{variant}: the training script failed:\n{text[-3000:]}")
         row = json.loads((Path(folder) / "curve.jsonl").read_text().splitlines()[-1])
-    first = float(re.search(r"The first batch came after ([\d.]+) s", done.stderr).group(1))
+    first = float(re.search(r"The first batch came after ([\d.]+) s", text).group(1))
     seconds = args.steps * args.batch_size / row["images_per_second"]
     return args.steps * args.batch_size / (seconds - first), first
 

@@ -57,9 +57,11 @@ def arguments(photographs: Path, output: Path, *more: object) -> list[str]:
     config = output.parent / "config.json"
     config.write_text(json.dumps(TINY))
     toy = {
-        "--train_dir": photographs, "--output_dir": output, "--config": config, "--resolution": 32, "--num_tokens": 6,
+        "--train_dir": photographs, "--output_dir": output, "--resolution": 32, "--num_tokens": 6,
         "--batch_size": 2, "--warmup_steps": 1, "--num_workers": 0, "--mixed_precision": "no", "--report_to": "none",
     }  # fmt: skip
+    if "--pretrained" not in more and "--config" not in more:
+        toy["--config"] = config
     return [str(part) for pair in toy.items() for part in pair] + [str(part) for part in more]
 
 

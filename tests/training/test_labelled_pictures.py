@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,71 +105,127 @@ def test_pictures_of_any_mode(mode):
     assert means.abs().max() < 0.9
 
 
-class ClassLabel:
-    names = ["ant", "zebra"]
+IMAGES = [smooth_picture(seed) for seed in (6, 7, 8)]
+KINDS = [1, 0, 1]
 
 
-class ImageFeature:
-    def __init__(self, decode: bool = True):
-        self.decode = decode
+def png(image: Image.Image) -> bytes:
+    image.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
 
 
-ImageFeature.__name__ = "Image"
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
 
 
-class StandIn:
-    """As much of `datasets.Dataset` as is used."""
-
-    _fingerprint = "f00d"
-
-    def __init__(self, columns, features):
-        self.columns, self.features = columns, features
-
-    def __getitem__(self, key):
-        if isinstance(key, str):
-            return self.columns[key]
-        return {name: column[key] for name, column in self.columns.items()}
-
-    def select_columns(self, name):
-        return StandIn({name: self.columns[name]}, {name: self.features[name]})
-
-    def cast_column(self, name, feature):
-        assert not feature.decode
-        return StandIn(self.columns, {name: feature})
+def write_shards(folder: Path, classes: Sequence[str]) -> None:
+    """A shard a picture, as WebDataset writes it; with a file of its class where there are classes."""
+    for index, image in enumerate(IMAGES):
+        files = {f"a/{index}.png": png(image), f"a/{index}.json": b"{}"}
+        files |= {f"a/{index}.cls": classes[index].encode()} if classes else {}
+        write_tar(folder / f"x-{index:04}.tar", files)
 
 
-def test_datasets_are_read_undecoded(tmp_path):
-    buffer = io.BytesIO()
-    smooth_picture(6).save(buffer, "PNG")
-    smooth_picture(7).save(tmp_path / "b.png")
-    images = [
-        {"bytes": buffer.getvalue(), "path": None},
-        {"bytes": None, "path": str(tmp_path / "b.png")},
-        {"bytes": b"damaged", "path": "c.png"},
-    ]
-    features = {"img": ImageFeature(), "kind": ClassLabel()}
-    pictures = LabelledDataset(StandIn({"img": images, "kind": [1, 0, 1]}, features))
-    assert pictures.id2label == {0: "ant", 1: "zebra"}
-    assert pictures.labels == [1, 0, 1]
-    assert pictures.names == ["zebra/00000000", "ant/00000001", "zebra/00000002"]
-    assert load_picture(pictures.open(0)).tobytes() == smooth_picture(6).tobytes()
-    assert load_picture(pictures.open(1)).tobytes() == smooth_picture(7).tobytes()
-    with pytest.raises(ValueError, match="not an image"):
-        load_picture(pictures.open(2))
-    with pytest.raises(FileNotFoundError):  # no damage: the disk may be back later, so nothing is left out
-        load_picture(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match="Expected classes 0 to 1, got {-1}: take a labelled split"):
-        LabelledDataset(StandIn({"img": images, "kind": [1, -1, 1]}, features))
-    with pytest.raises(ValueError, match="one Image and one ClassLabel column"):
-        LabelledDataset(StandIn({}, {"img": ImageFeature(), "text": str}))
-
-
-def test_a_real_dataset(tmp_path):
+def rows_of(labels: dict[str, list] | None = None, feature=None):
     datasets = pytest.importorskip("datasets")
-    images = [smooth_picture(8), smooth_picture(9)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "zebra"])})
-    datasets.Dataset.from_dict({"image": images, "label": [1, 0]}, features=features).save_to_disk(str(tmp_path / "d"))
-    pictures = open_labelled(str(tmp_path / "d"), "train")
-    assert pictures.labels == [1, 0]
-    assert load_picture(pictures.open(1)).tobytes() == images[1].tobytes()
-    assert pictures.fingerprint() == open_labelled(str(tmp_path / "d"), "train").fingerprint()
+    columns = {"image": [{"bytes": png(image), "path": None} for image in IMAGES], **(labels or {})}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    for name in labels or {}:
+        rows = rows.cast_column(name, feature or datasets.ClassLabel(names=["ant", "zebra"]))
+    return rows
+
+
+def saved(folder: Path) -> None:
+    rows_of({"kind": KINDS}).save_to_disk(folder)
+
+
+def of_splits(folder: Path) -> None:
+    splits = {"test": rows_of({"kind": [0, 0, 0]}), "train": rows_of({"kind": KINDS})}
+    pytest.importorskip("datasets").DatasetDict(splits).save_to_disk(folder)
+
+
+def parquet(folder: Path) -> None:
+    (folder / "data").mkdir(parents=True)
+    for index in range(3):
+        path = folder / "data" / f"train-{index:05}-of-00003.parquet"
+        rows_of({"kind": KINDS}).select([index]).to_parquet(path)
+
+
+def parquet_of_others(folder: Path) -> None:
+    """Pictures as bytes, classes as words, and no word of `datasets` in it."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    folder.mkdir()
+    columns = {"jpg": [png(image) for image in IMAGES], "label": ["zebra", "ant", "zebra"]}
+    write_table(pyarrow.table(columns), folder / "0000.parquet")
+
+
+NAMED = {0: "ant", 1: "zebra"}
+
+
+@pytest.mark.parametrize("write, data, id2label, labels", [
+    (saved, "d", NAMED, KINDS),
+    (of_splits, "d", NAMED, KINDS),
+    (parquet, "d", NAMED, KINDS),
+    (parquet, "d/data/train-{00000..00002}-of-00003.parquet", NAMED, KINDS),
+    (parquet, "d/data/train-*.parquet", NAMED, KINDS),
+    (parquet_of_others, "d", NAMED, KINDS),
+    (lambda folder: rows_of().save_to_disk(folder), "d", {0: "d"}, [0, 0, 0]),
+    (lambda folder: rows_of({"kind": [-1, -1, -1]}).save_to_disk(folder), "d", {0: "d"}, [0, 0, 0]),
+    (lambda folder: write_shards(folder, ["10", "9", "10"]), "d", {0: "9", 1: "10"}, KINDS),
+    (lambda folder: write_shards(folder, ["zebra", "ant", "zebra"]), "d/x-{0000..0002}.tar", NAMED, KINDS),
+    (lambda folder: write_shards(folder, []), "d/x-{0000,0001,0002}.tar", {0: "d"}, [0, 0, 0]),
+])  # fmt: skip
+def test_data_of_every_kind(tmp_path, write, data, id2label, labels):
+    write(tmp_path / "d")
+    pictures, again = (open_labelled(str(tmp_path / data), "train") for _ in range(2))
+    assert (pictures.id2label, pictures.labels) == (id2label, labels)
+    assert [load_picture(pictures.open(index)).tobytes() for index in range(3)] == [i.tobytes() for i in IMAGES]
+    assert len(set(pictures.names)) == len(pictures) == 3
+    assert pictures.fingerprint() == again.fingerprint()
+
+
+def test_data_that_cannot_be_used_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    of_splits(tmp_path / "splits")
+    with pytest.raises(ValueError, match="test, train, got heldout"):
+        open_labelled(str(tmp_path / "splits"), "heldout")
+    write_shards(tmp_path / "shards", [])
+    write_tar(tmp_path / "shards" / "y.tar", {"a.png": png(IMAGES[0]), "a.cls": b"3"})
+    with pytest.raises(ValueError, match=r"x-0000.tar:a/0.png has none"):
+        open_labelled(str(tmp_path / "shards"), "train")
+    with pytest.raises(ValueError, match=r"No tar shard matches .*x-0003.tar"):
+        open_labelled(str(tmp_path / "shards" / "x-{0001..0004}.tar"), "train")
+    with pytest.raises(ValueError, match="No file matches"):
+        open_labelled(str(tmp_path / "absent-*.parquet"), "train")
+    for rows, message in (
+        (rows_of({"kind": [1, -1, 1]}), "Expected classes 0 to 1, got {-1}: take a labelled split"),
+        (rows_of({"fine": KINDS, "coarse": KINDS}), "fine, coarse: say by --label_column"),
+        (datasets.Dataset.from_dict({"text": ["a"]}), "one Image column, got text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LabelledDataset(rows)
+    both = rows_of({"fine": KINDS, "coarse": [0, 0, 0]})
+    assert LabelledDataset(both, label_column="fine").labels == KINDS
+    with pytest.raises(ValueError, match="image, fine, coarse, got 'kind'"):
+        LabelledDataset(both, label_column="kind")
+
+
+def test_a_dataset_is_read_undecoded(tmp_path):
+    """So that a damaged picture is left out, but one that the disk may give back later is not."""
+    datasets = pytest.importorskip("datasets")
+    IMAGES[0].save(tmp_path / "b.png")
+    places = [(None, str(tmp_path / "b.png")), (b"damaged", "c.png"), (None, str(tmp_path / "absent.png"))]
+    images = [{"bytes": data, "path": path} for data, path in places]
+    pictures = LabelledDataset(datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image()))
+    assert load_picture(pictures.open(0)).tobytes() == IMAGES[0].tobytes()
+    with pytest.raises(ValueError, match="not an image"):
+        load_picture(pictures.open(1))
+    with pytest.raises(FileNotFoundError):
+        load_picture(pictures.open(2))

@@ -22,6 +22,7 @@ from training_runs import (
     ENVIRONMENT,
     ROOT,
     SCRIPT,
+    TINY,
     arguments,
     assert_same_weights,
     curve,
@@ -33,6 +34,7 @@ from training_runs import (
 )
 
 from gpstoken_diffusers import AutoencoderGPSToken
+from gpstoken_diffusers.training import loop
 from gpstoken_diffusers.training.checkpoints import list_checkpoints
 from gpstoken_diffusers.training.run_record import Curve, RunState
 
@@ -63,6 +65,14 @@ def whole(photographs, tmp_path_factory) -> Path:
     """
     output = tmp_path_factory.mktemp("whole") / "run"
     train_apart(photographs, output, *settings(photographs), driver=SCRIPT)
+    return output
+
+
+@pytest.fixture(scope="module")
+def small_run(photographs, tmp_path_factory) -> Path:
+    """Two steps, without a critic."""
+    output = tmp_path_factory.mktemp("small") / "run"
+    train_here(photographs, output, "--max_train_steps", 2)
     return output
 
 
@@ -186,6 +196,52 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(photographs, whole, tmp_pa
     AutoencoderGPSToken.from_pretrained(output / "model")
     train_here(photographs, output, *more)
     assert [path.name for path in list_checkpoints(output)] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_full_disk_while_the_model_is_written(photographs, tmp_path, monkeypatch):
+    """It fills up right after the second checkpoint: that is whole, and so is the model of the first."""
+    output = tmp_path / "run"
+    more = ("--max_train_steps", 4, "--checkpointing_steps", 2)
+    before, save = {}, loop.save_checkpoint
+
+    def save_and_fill_the_disk(accelerator, output_dir, step, *rest):
+        save(accelerator, output_dir, step, *rest)
+        if step == 4:
+            before.update({path.name: path.read_bytes() for path in (output / "model").iterdir()})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_fill_the_disk)
+    try:
+        with pytest.raises(OSError, match="model could not be written after step 4 .*Is the disk full.*--resume_from"):
+            train_here(photographs, output, *more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {path.name: path.read_bytes() for path in (output / "model").iterdir()} == before
+    monkeypatch.undo()
+    train_here(photographs, output, *more, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in curve(output)] == [4, 5]
+
+
+@pytest.mark.parametrize("change, message", [
+    (("--optimizer", "adamw"), "optimizer is muon there and adamw here"),
+    (ADVERSARIAL, "critic is False there and True here"),
+    (("--freeze", "encoder"), "stem.conv_in.weight: .* there and not trained here"),
+    (("--lora_rank", 2), "trained weights differ"),
+    (("--config", "wider"), r"such as stem.*: \[.*32.*\] there and \[.*64.*\] here"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(photographs, small_run, tmp_path, change, message):
+    if change[0] == "--lora_rank":
+        pytest.importorskip("peft")
+    if change[0] == "--config":
+        (tmp_path / "wide.json").write_text(json.dumps(TINY | {"stem_channels": 64}))
+        change = ("--config", tmp_path / "wide.json")
+    before = {path: path.read_bytes() for path in small_run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=f"checkpoint-2 was trained with, got others: .*{message}.*--pretrained .*model"
+    ):
+        train_here(photographs, small_run, "--max_train_steps", 3, "--resume_from_checkpoint", "latest", *change)
+    assert {path: path.read_bytes() for path in small_run.rglob("*") if path.is_file()} == before
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(photographs, tmp_path):

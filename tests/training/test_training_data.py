@@ -69,7 +69,7 @@ def test_folders_without_images_are_refused(tmp_path):
 def test_shards_hold_what_the_folder_holds(photographs, tmp_path):
     folder = make_shards(tmp_path / "shards", photographs)
     expected = as_arrays(FolderPictures(photographs))
-    for place in (folder, f"{folder}/*.tar", f"{folder}/shard-0000?.tar"):
+    for place in (folder, f"{folder}/*.tar", f"{folder}/shard-{{00000..00001}}.tar"):
         pictures = open_pictures(place)
         assert isinstance(pictures, TarPictures)
         assert all(np.array_equal(*pair) for pair in zip(as_arrays(pictures), expected, strict=True))
