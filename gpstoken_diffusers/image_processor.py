@@ -17,7 +17,7 @@ from .geometry import merge_tile_geometry
 from .layouts.of_pictures import partition_tiles
 from .layouts.requested import layout_from_mask
 from .picture_files import mask_levels, read_picture, upright_rgb
-from .tiling import cut_tiles, pad_to_tiles, tile_grid_for
+from .tiling import cut_tiles, pad_to_tiles, seen_sizes, tile_grid_for
 from .tokens import GPSTokens
 
 if TYPE_CHECKING:
@@ -176,7 +176,13 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         size = tuple(planes.shape[-2:])
         tiles = cut_tiles(pad_to_tiles(planes, self.tile_size), tile_grid_for(*size, self.tile_size))[:, 0]
         count = self.num_tokens if num_tokens is None else num_tokens
-        partition = layout_from_mask(tiles, count, strength=strength, min_region_size=self.min_region_size)
+        partition = layout_from_mask(
+            tiles,
+            count,
+            strength=strength,
+            min_region_size=self.min_region_size,
+            seen=seen_sizes(len(planes), *size, self.tile_size),
+        )
         return self._merged(partition.geometry, size)
 
     def _merged(self, geometry: Tensor, size: tuple[int, int]) -> GPSTokens:

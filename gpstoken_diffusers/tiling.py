@@ -15,11 +15,21 @@ def tile_grid_for(height: int, width: int, tile_size: int) -> tuple[int, int]:
     return math.ceil(height / tile_size), math.ceil(width / tile_size)
 
 
+def seen_sizes(batch_size: int, height: int, width: int, tile_size: int) -> list[tuple[int, int]]:
+    """(height, width) of what each tile of the pictures shows, the rest being padding."""
+    rows, cols = tile_grid_for(height, width, tile_size)
+    return [
+        (min(tile_size, height - row * tile_size), min(tile_size, width - col * tile_size))
+        for row in range(rows)
+        for col in range(cols)
+    ] * batch_size
+
+
 def pad_to_tiles(images: Tensor, tile_size: int) -> Tensor:
     """Extends images at the right and bottom to whole tiles by repeating their last column and row.
 
-    A repeated edge adds no detail, on which the partition would spend tokens, and no step at the image's border, which
-    a decoder would smear back into the picture.
+    A repeated edge is no step at the picture's border, which networks would smear back into it. The partition spends
+    no tokens on it that the picture can take, see `seen` of [`partition_image`].
 
     Shapes: (B, C, H, W) -> (B, C, rows tile_size, cols tile_size).
     """
@@ -63,16 +73,6 @@ def take_tiles(images: Tensor, tile_size: int, tiles: slice, dtype: torch.dtype 
         parts.append(cut_tiles(pad_to_tiles(strip.to(dtype or images.dtype), tile_size), (1, count)))
         start += count
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def put_tiles(canvas: Tensor, tiles: Tensor, first: int, tile_grid: tuple[int, int]) -> None:
-    """Writes tiles (n, C, h, w) to their places in a canvas (B, C, rows h, cols w); `first` is the first's number."""
-    rows, cols = tile_grid
-    height, width = tiles.shape[-2:]
-    for number, tile in enumerate(tiles, first):
-        row, col = divmod(number, cols)
-        image, row = divmod(row, rows)
-        canvas[image, :, row * height : (row + 1) * height, col * width : (col + 1) * width] = tile
 
 
 def join_tiles(tiles: Tensor, tile_grid: tuple[int, int]) -> Tensor:

@@ -72,6 +72,7 @@ def layout_from_mask(
     *,
     strength: float = 8.0,
     min_region_size: int = 8,
+    seen: Sequence[tuple[int, int]] | None = None,
 ) -> Partition:
     """A partition of an image without content: tokens concentrate where a mask is bright.
 
@@ -89,6 +90,7 @@ def layout_from_mask(
         num_tokens: regions wanted, from 1 to `max_tokens(H, W, min_region_size)`.
         strength: how much more a pixel of 1 weighs than one of 0, from 0 (no effect) to 1e6.
         min_region_size: px, at least 2; as in `partition_image`.
+        seen: (height, width) of each mask's top left part that counts, the rest being padding; as in `partition_image`.
 
     Returns:
         Partition of B layouts (B = 1 for a single mask), on the mask's device, in the order of `partition_image`.
@@ -118,6 +120,7 @@ def layout_from_mask(
         num_tokens,
         min_region_size=min_region_size,
         complexity_bias=1 + strength * weight,
+        seen=seen,
     )
     return Partition(found.regions.to(mask.device), found.geometry.to(mask.device))
 

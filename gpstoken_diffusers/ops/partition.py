@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partiti
 SMALLEST_SIDE = 2  # px: the coordinates of a one-pixel axis and the width of its Gaussians would be undefined
 SMALLEST_MIN_REGION_SIZE = 2  # px: with less, regions one pixel wide would appear
 LARGEST_EXPONENT = 100  # an entropy is at most 8 bits, so complexities stay finite
+SEEN_BONUS = 1e-6  # complexity per pixel: nothing beside any detail, more than the rounding of sums over a picture
 OVERSHOOT = 2.0  # largest grey value that is taken for a picture in [-1, 1], not for one on another scale
 
 
@@ -120,6 +122,7 @@ def partition_image(
     importance: torch.Tensor | np.ndarray | None = None,
     importance_strength: float = 1.0,
     complexity_bias: torch.Tensor | np.ndarray | None = None,
+    seen: Sequence[tuple[int, int]] | None = None,
 ) -> Partition:
     """Divides each image into `num_tokens` regions, small ones where there is detail.
 
@@ -139,6 +142,9 @@ def partition_image(
             on top of its own detail, whatever the contrast of the image.
         complexity_bias: (H, W) or (B, H, W), any finite values: a bonus per pixel in units of complexity,
             added up over a region (the official code's `cdbias`).
+        seen: (height, width) in pixels of each image's top left part that is picture; the rest is padding, whatever it
+            holds: it counts as flat, importance and bias do not count there, and a region wholly outside the picture
+            is divided only when no other can be. None: all of it is picture.
 
     Returns:
         Partition of B images (B = 1 for a single one), on the image's device. The order of tokens is that of
@@ -165,6 +171,10 @@ def partition_image(
     if not (math.isfinite(importance_strength) and importance_strength >= 0):
         raise ValueError(f"importance_strength={importance_strength}: expected a finite number, at least 0.")
 
+    sizes = _seen_sizes(seen, grey)
+    outside = _outside(sizes, grey)
+    if outside is not None:
+        grey = _with_flat_padding(grey, sizes)
     bias = None
     if complexity_bias is not None:
         bias = _map_batch("complexity_bias", complexity_bias, grey)
@@ -175,8 +185,13 @@ def partition_image(
                 f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}. "
                 "Scale the map, and set how much it counts by importance_strength."
             )
-        drawn = drawn * _complexity_per_pixel(grey, float(entropy_exponent)) * importance_strength
+        drawn = drawn * _complexity_per_pixel(grey, float(entropy_exponent), sizes) * importance_strength
         bias = drawn if bias is None else bias + drawn
+    if outside is not None:
+        # What a flat region has by itself is taken off again, and a little more, so that any pixel of a picture counts.
+        flat = region_complexity(np.zeros((2, 2)), np.array([[0, 0, 1, 1]]), float(entropy_exponent))[0] / 4
+        inside = SEEN_BONUS if bias is None else bias + SEEN_BONUS
+        bias = torch.where(outside, -flat * (1 + 1e-6), inside)
     if bias is not None:
         bias = bias.expand(grey.shape).float().contiguous()
         if _readable(bias) and not bias.isfinite().all():
@@ -234,6 +249,49 @@ def _grey_batch(image: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch.d
     return (grey if max(-low, high) <= 1 else grey.clamp(-1, 1)), device
 
 
+def _seen_sizes(seen: Sequence[tuple[int, int]] | None, grey: torch.Tensor) -> list[tuple[int, int]]:
+    """(height, width) of what is picture of each of the images (B, H, W)."""
+    count, height, width = grey.shape
+    if seen is None:
+        return [(height, width)] * count
+    sizes = [(operator.index(rows), operator.index(cols)) for rows, cols in seen]
+    if len(sizes) != count:
+        raise ValueError(f"seen: expected a (height, width) for each of the {count} images, got {len(sizes)}.")
+    for rows, cols in sizes:
+        if not (1 <= rows <= height and 1 <= cols <= width):
+            raise ValueError(f"seen: expected (1, 1) to {(height, width)}, the image's size, got {(rows, cols)}.")
+    return sizes
+
+
+def _outside(sizes: list[tuple[int, int]], grey: torch.Tensor) -> torch.Tensor | None:
+    """(B, H, W) bool: padding; None if there is none."""
+    if all(size == grey.shape[1:] for size in sizes):
+        return None
+    outside = torch.ones(grey.shape, dtype=torch.bool, device=grey.device)
+    for image, (rows, cols) in zip(outside, sizes, strict=True):
+        image[:rows, :cols] = False
+    return outside
+
+
+def _with_flat_padding(grey: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """Images (B, H, W) whose padding has the mean of the edge that it adjoins, so that there is little of a step.
+
+    The mean is rounded to 1/128, or it would depend on the device in its last bits, and with it ties.
+    """
+    grey = grey.clone()
+    for image, (rows, cols) in zip(grey, sizes, strict=True):
+        edges = []
+        if rows < grey.shape[1]:
+            edges.append(image[rows - 1, :cols])
+        if cols < grey.shape[2]:
+            edges.append(image[:rows, cols - 1])
+        if edges:
+            level = (torch.cat(edges).double().mean() * 128).round() / 128
+            image[rows:] = level
+            image[:, cols:] = level
+    return grey
+
+
 def _map_batch(name: str, values: torch.Tensor | np.ndarray, grey: torch.Tensor) -> torch.Tensor:
     """A finite float64 map, (B, H, W) or (1, H, W), for images (B, H, W), on their device."""
     values = _as_tensor(name, values)
@@ -268,12 +326,17 @@ def _too_small(height: int, width: int) -> ValueError:
     )
 
 
-def _complexity_per_pixel(grey: torch.Tensor, entropy_exponent: float) -> torch.Tensor:
-    """(B, 1, 1) float64: complexity of each whole image over its number of pixels."""
-    _, height, width = grey.shape
-    if partition_cuda.serves(grey.device):
-        _, totals = partition_cuda.partition_on_cuda(grey, 1, max(height, width), entropy_exponent)
-    else:
-        whole = np.array([[0, 0, width - 1, height - 1]])
-        totals = torch.tensor([region_complexity(image, whole, entropy_exponent)[0] for image in grey.numpy()])
-    return _quotient(totals.double().reshape(-1, 1, 1), height * width)
+def _complexity_per_pixel(grey: torch.Tensor, entropy_exponent: float, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """(B, 1, 1) float64: complexity of what is picture of each image over its number of pixels."""
+    per_pixel = torch.empty((len(grey), 1, 1), dtype=torch.float64, device=grey.device)
+    for size in dict.fromkeys(sizes):
+        height, width = (max(side, SMALLEST_SIDE) for side in size)
+        alike = slice(None) if len(set(sizes)) == 1 else [i for i, other in enumerate(sizes) if other == size]
+        images = grey[alike][:, :height, :width].contiguous()
+        if partition_cuda.serves(grey.device):
+            _, totals = partition_cuda.partition_on_cuda(images, 1, max(height, width), entropy_exponent)
+        else:
+            whole = np.array([[0, 0, width - 1, height - 1]])
+            totals = torch.tensor([region_complexity(image, whole, entropy_exponent)[0] for image in images.numpy()])
+        per_pixel[alike] = _quotient(totals.double().reshape(-1, 1, 1), height * width)
+    return per_pixel

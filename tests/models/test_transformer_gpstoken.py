@@ -8,28 +8,17 @@ import pytest
 import torch
 from golden_files import golden
 from model_zoo import load_golden
-from pipeline_zoo import tiny_transformer
+from pipeline_zoo import SMALL_GENERATOR, tiny_transformer
 from safetensors.torch import load_file, save_file
 
 from gpstoken_diffusers import GPSTokens, GPSTokenTransformerModel
 from gpstoken_diffusers.models import official_checkpoints as convert
 
-SMALL_CONFIG = {
-    "texture_channels": 16,
-    "num_tokens": 128,
-    "num_classes": 10,
-    "hidden_size": 96,
-    "num_layers": 3,
-    "num_attention_heads": 4,
-    "learn_sigma": True,
-    "position_table": True,
-}
-
 
 @pytest.fixture(scope="module")
 def small():
     path = golden("sit_small_weights.safetensors")
-    return GPSTokenTransformerModel.from_single_file(path, config=SMALL_CONFIG)
+    return GPSTokenTransformerModel.from_single_file(path, config=SMALL_GENERATOR)
 
 
 def channels_last(latents):
@@ -51,7 +40,7 @@ def test_latents_to_tokens_as_the_reference():
     reference = load_golden("sit_small_sampling.safetensors")
     scale = {name: convert.GENERATOR_PRESETS["xl"][name] for name in ("latents_mean", "latents_std")}
     path = golden("sit_small_weights.safetensors")
-    released = GPSTokenTransformerModel.from_single_file(path, config={**SMALL_CONFIG, **scale})
+    released = GPSTokenTransformerModel.from_single_file(path, config={**SMALL_GENERATOR, **scale})
     for run in ("ode_euler", "ode_dopri5", "sde_em10", "sde_em50"):
         latents, expected = channels_last(reference[f"{run}.final"]), reference[f"{run}.tokens"]
         geometry, texture = released.from_latents(reference["g_init"], latents)
@@ -79,11 +68,11 @@ def test_official_files_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=message):
             GPSTokenTransformerModel.from_single_file(path, **options)
 
-    small = {"config": SMALL_CONFIG}
+    small = {"config": SMALL_GENERATOR}
     refused({**weights, "ema_model.blocks.0.extra": torch.zeros(1)}, "does not have: blocks.0.extra", **small)
     missing = {name: value for name, value in weights.items() if "blocks.1.mlp.fc1.bias" not in name}
     refused(missing, "missing: blocks.1.ff.0.bias", **small)
-    refused(weights, "shape of class_embedding.weight", config={**SMALL_CONFIG, "num_classes": 12})
+    refused(weights, "shape of class_embedding.weight", config={**SMALL_GENERATOR, "num_classes": 12})
     refused(weights, "96 wide, which fits no preset")
     refused(weights, "'xl' is 1152 wide, but .* is 96 wide", preset="xl")
     refused(weights, "preset must be one of xl, s, got 'b'", preset="b")
@@ -92,7 +81,7 @@ def test_official_files_that_do_not_fit(tmp_path):
     beside = {name.replace("ema_model.", "model."): value + 1 for name, value in weights.items()}
     path = tmp_path / "both.safetensors"
     save_file({**weights, **beside}, path)
-    model = GPSTokenTransformerModel.from_single_file(path, config=SMALL_CONFIG)
+    model = GPSTokenTransformerModel.from_single_file(path, config=SMALL_GENERATOR)
     assert torch.equal(model.token_embedding.bias, weights["ema_model.x_embedder.proj.bias"])
     assert not model.positions.requires_grad and model.head.proj.weight.requires_grad
 

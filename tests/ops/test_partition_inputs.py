@@ -164,6 +164,9 @@ GOOD = torch.zeros(32, 32)
         ((GOOD, 4), {"importance": torch.zeros(32, 32, dtype=torch.uint8)}, TypeError, "uint8"),
         ((GOOD, 4), {"importance": [[0.0]]}, TypeError, "list"),
         ((GOOD, 4), {"complexity_bias": with_value(float("inf"))}, ValueError, "complexity_bias: .*infinite"),
+        ((GOOD, 4), {"seen": [(32, 33)]}, ValueError, r"seen: expected \(1, 1\) to \(32, 32\).*got \(32, 33\)"),
+        ((GOOD, 4), {"seen": [(0, 32)]}, ValueError, r"seen: .*got \(0, 32\)"),
+        ((GOOD, 4), {"seen": [(8, 8)] * 2}, ValueError, "each of the 1 images, got 2"),
     ),
 )  # fmt: skip
 def test_bad_input(arguments, settings, error, words):

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gpstoken_diffusers import GPSTokenImageProcessor
-from gpstoken_diffusers.ops.partition import partition_image
-from gpstoken_diffusers.tiling import cut_tiles, pad_to_tiles, tile_grid_for
+from gpstoken_diffusers.layouts.of_pictures import partition_tiles
+from gpstoken_diffusers.tiling import tile_grid_for
 from gpstoken_diffusers.training.data import TrainingCrops, to_pixel_values
 
 from .methods import Cost, GPSTokenMethod, Method, latent_cost
@@ -67,9 +67,8 @@ class RegionMeans(Method):
         config, size = self.config, tuple(images.shape[-2:])
         tile = config.sample_size
         rows, cols = tile_grid_for(*size, tile)
-        tiles = cut_tiles(pad_to_tiles(images.cpu(), tile), (rows, cols))
         settings = {"min_region_size": config.min_region_size, "entropy_exponent": config.entropy_exponent}
-        regions = partition_image(tiles, self.num_tokens, **settings).regions
+        regions = partition_tiles(images.cpu(), tile, self.num_tokens, **settings).regions
         corners = torch.tensor([[tile * col, tile * row] * 2 for row in range(rows) for col in range(cols)])
         boxes = (regions.unflatten(0, (-1, rows * cols)) + corners[:, None]).flatten(1, 2)
         return PaintedRegions(boxes, region_means(images.cpu(), boxes), size)
