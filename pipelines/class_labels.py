@@ -12,6 +12,13 @@ from torch import Tensor
 Labels = int | str | Sequence[int | str] | np.ndarray | Tensor | None
 
 
+def imagenet_labels() -> dict[int, str]:
+    """ImageNet's 1,000 classes by number, in the order of the official generator; each name is there once."""
+    from torchvision.models import ResNet18_Weights
+
+    return dict(enumerate(ResNet18_Weights.DEFAULT.meta["categories"]))
+
+
 def label_ids(labels: Labels, id2label: Mapping[int, str], null_class: int) -> list[int]:
     """Class labels as numbers.
 
@@ -46,6 +53,9 @@ def _label_id(label: int | str, id2label: Mapping[int, str], null_class: int) ->
                 f"Class labels run from 0 to {null_class - 1} ({null_class} is no class in particular), got {label}."
             )
         return int(label)
+    exact = [int(number) for number, name in id2label.items() if name == label]
+    if len(exact) == 1:
+        return exact[0]  # ImageNet has a dog Cardigan and a cardigan
     wanted = label.strip().casefold()
     names: dict[str, set[int]] = {}
     parts: dict[str, set[int]] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,15 +23,20 @@ from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerMo
 from gpstoken_diffusers.models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
 from gpstoken_diffusers.schedulers.guidance import Network
 from gpstoken_diffusers.schedulers.noise import sample_generators
+from gpstoken_diffusers.schedulers.presets import make_sampler
 from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS, GPSTokens
 
-from .class_labels import Labels, label_ids
+from .class_labels import Labels, imagenet_labels, label_ids
 from .portable_folder import PortableFolderMixin
 from .sampling import FlowSamplingMixin, SamplingSettings, StepCallback
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
+    from gpstoken_diffusers.models.hub_files import HubOptions
+
+_TEXTURE_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 3.0, "guidance_interval": (0.0, 1.0)}
+_OFFICIAL_DEFAULTS = {"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_interval": (0.2, 1.0)}
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens", "latent")
 
 
@@ -60,6 +66,9 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         image_processor: tensors to pictures and back.
         layout_model: the first stage. Without it (the official release has none), each call needs a layout.
         layout_scheduler: samples the first stage.
+        layout_bank: layouts to draw from where there is no layout model, as the official release does it.
+        sampling_defaults: other defaults of the second stage than 20 steps with guidance of 3 all the way:
+            `num_inference_steps`, `guidance_scale`, `guidance_interval`. They are saved with the pipeline.
         id2label: names of the classes by number; None takes those that the transformer has had in another pipeline.
 
     Raises ValueError: parts that do not belong together.
@@ -68,7 +77,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
     """
 
     model_cpu_offload_seq = "layout_model->transformer->autoencoder"
-    _optional_components = ["layout_model", "layout_scheduler"]
+    _optional_components = ["layout_model", "layout_scheduler", "layout_bank"]
 
     def __init__(
         self,
@@ -79,6 +88,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         layout_model: GPSTokenLayoutModel | None = None,
         layout_scheduler: SchedulerMixin | None = None,
         id2label: dict[str, str] | dict[int, str] | None = None,
+        layout_bank: LayoutBank | None = None,
+        sampling_defaults: dict | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -88,12 +99,19 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             image_processor=image_processor,
             layout_model=layout_model,
             layout_scheduler=layout_scheduler,
+            layout_bank=layout_bank,
         )
         # Names go with the transformer, for `Pipeline(**pipe.components)`: diffusers' components leave settings out.
         names = getattr(transformer, "_class_names", {}) if id2label is None else id2label
         transformer._class_names = {int(number): name for number, name in names.items()}
         # JSON has only strings for keys.
         self.register_to_config(id2label={str(number): name for number, name in names.items()})
+        if unknown := set(sampling_defaults or {}) - _TEXTURE_DEFAULTS.keys():
+            raise ValueError(
+                f"sampling_defaults can say {', '.join(_TEXTURE_DEFAULTS)}, but not {sorted(unknown)[0]!r}."
+            )
+        if sampling_defaults:
+            self.register_to_config(sampling_defaults=dict(sampling_defaults))
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -108,6 +126,12 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             raise ValueError(
                 f"The transformer knows {classes} classes, the layout model {self.layout_model.config.num_classes}: "
                 "they do not belong together. Take both from one model."
+            )
+        bank = self.layout_bank
+        if bank is not None and max(bank.classes) >= classes:
+            raise ValueError(
+                f"The transformer knows {classes} classes, but there are layouts of class {max(bank.classes)}: they do "
+                "not belong together."
             )
         unknown = [number for number in self.id2label if not 0 <= number < classes]
         if unknown:
@@ -129,6 +153,48 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         kwargs.setdefault("dtype", pipeline.dtype)
         return super().from_pipe(pipeline, **kwargs)
 
+    @classmethod
+    def from_official(
+        cls,
+        generator: str | os.PathLike | GPSTokenTransformerModel,
+        autoencoder: str | os.PathLike | AutoencoderGPSToken = "m128",
+        layouts: str | os.PathLike | LayoutBank | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> Self:
+        """The released pipeline: SiT-XL/2-gs on M128's tokens, 250 steps of the SDE, guidance of 1.5 from t = 0.2.
+
+        Args:
+            generator: the official `generator.safetensors`, as `GPSTokenTransformerModel.from_single_file` takes it, or
+                a loaded model.
+            autoencoder: an official tokenizer, as `AutoencoderGPSToken.from_single_file` takes it, or a loaded model.
+            layouts: the official `initg.pickle`, which is read without unpickling, a file of `LayoutBank.save`, or a
+                bank; None asks for a layout in each call.
+            dtype: of the weights; None keeps float32.
+            hub: `cache_dir`, `token` and the like, for both models.
+
+        Class names are ImageNet's where the generator has its 1,000 classes, else those of the layouts.
+
+        Raises as the two `from_single_file`, and ValueError or OSError for a file of layouts that cannot be read.
+        """
+        if not isinstance(layouts, LayoutBank | None):
+            read = LayoutBank.load if os.fspath(layouts).endswith(".safetensors") else LayoutBank.from_official_pickle
+            layouts = read(layouts)
+        if not isinstance(generator, GPSTokenTransformerModel):
+            generator = GPSTokenTransformerModel.from_single_file(generator, dtype=dtype, **hub)
+        if not isinstance(autoencoder, AutoencoderGPSToken):
+            autoencoder = AutoencoderGPSToken.from_single_file(autoencoder, dtype=dtype, **hub)
+        return cls(
+            autoencoder=autoencoder,
+            transformer=generator,
+            scheduler=make_sampler("official-sde")[0],
+            image_processor=GPSTokenImageProcessor.for_autoencoder(autoencoder.config),
+            id2label=imagenet_labels() if generator.config.num_classes == 1000 else layouts and layouts.id2label,
+            layout_bank=layouts,
+            sampling_defaults=_OFFICIAL_DEFAULTS,
+        )
+
     # ------------------------------------------------------------------ all stages
 
     @torch.no_grad()
@@ -137,9 +203,9 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         class_labels: Labels = None,
         num_tokens: int | None = None,
         layout: Tensor | GPSTokens | LayoutBank | ImageLike | Sequence[ImageLike] | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 3.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         layout_num_inference_steps: int = 20,
         layout_guidance_scale: float = 2.0,
         num_images_per_label: int = 1,
@@ -155,10 +221,12 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         Args:
             class_labels: a class by number or by name, or a list of them; None is no class in particular.
             num_tokens: tokens per picture; None takes the number that the models were trained on.
-            layout: where the tokens lie: None generates layouts; initial Gaussians (B, N, 5) or (N, 5); tokens, whose
-                Gaussians are taken; a picture or a list of them, which are partitioned; or a [`LayoutBank`], from which
-                layouts of the labels are drawn. One layout serves all labels, one label serves all layouts.
-            num_inference_steps: steps of the second stage.
+            layout: where the tokens lie: None generates layouts, or draws them from the pipeline's bank; initial
+                Gaussians (B, N, 5) or (N, 5); tokens, whose Gaussians are taken; a picture or a list of them, which are
+                partitioned; or a [`LayoutBank`], from which layouts of the labels are drawn. One layout serves all
+                labels, one label serves all layouts.
+            num_inference_steps: steps of the second stage. These three are the pipeline's own where None: 20, 3 and
+                (0, 1) unless it has `sampling_defaults`.
             guidance_scale: classifier-free guidance of the second stage; 1 is none, and costs half as much.
             guidance_interval: (first, last) flow time of guidance, 0 is noise and 1 is data.
             layout_num_inference_steps, layout_guidance_scale: the same of the first stage.
@@ -180,7 +248,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             TypeError: arguments of another type.
         """
         self._check_request(output_type)
-        settings = SamplingSettings(
+        settings = self._texture_settings(
             num_inference_steps,
             guidance_scale,
             guidance_interval,
@@ -199,13 +267,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
                 layout = layout.expand(len(labels), -1, -1)
         generators, layout_generators = self._seeded(generator, len(labels))
         if isinstance(layout, LayoutBank):
-            null, bank = self.transformer.null_class, layout
-            # No class in particular: that of any layout in the bank.
-            of_class = [
-                bank.labels[torch.randint(len(bank), (), generator=own)].item() if label == null else label
-                for label, own in zip(labels, layout_generators, strict=True)
-            ]
-            layout = self.prepare_layout(bank.sample(of_class, layout_generators), num_tokens)
+            layout = self._banked_layouts(layout, labels, num_tokens, layout_generators)
         if layout is None:
             layout = self._draw_layouts(labels, num_tokens, layout_generators, None, layout_settings)
         side = self.autoencoder.config.sample_size
@@ -230,6 +292,20 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         self._check_parts()
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+
+    def _texture_settings(
+        self,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        guidance_interval: tuple[float, float] | None,
+        *others: Any,
+    ) -> SamplingSettings:
+        """Settings of the second stage; None is the pipeline's own."""
+        asked = (num_inference_steps, guidance_scale, guidance_interval)
+        own = {**_TEXTURE_DEFAULTS, **self.config.get("sampling_defaults", {})}
+        return SamplingSettings(
+            *(own[name] if one is None else one for name, one in zip(own, asked, strict=True)), *others
+        )
 
     @staticmethod
     def _seeded(
@@ -287,6 +363,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         settings: SamplingSettings,
     ) -> Tensor:
         """See `generate_layout`."""
+        if self.layout_model is None and self.layout_bank is not None:
+            return self._banked_layouts(self.layout_bank, labels, num_tokens, sample_generators(generator, len(labels)))
         if self.layout_model is None or self.layout_scheduler is None:
             raise ValueError(
                 "This pipeline has no layout model. Give a layout: initial Gaussians (B, N, 5), a picture to "
@@ -307,6 +385,19 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         return calibrate_layout(
             predicted, image_size=(config.sample_size, config.sample_size), min_region_size=config.min_region_size
         ).geometry
+
+    def _banked_layouts(
+        self, bank: LayoutBank, labels: Sequence[int], num_tokens: int | None, generators: Sequence[Generator]
+    ) -> Tensor:
+        """A layout (B, N, 5) of each label from a bank."""
+        # No class in particular: that of any layout in the bank.
+        of_class = [
+            bank.labels[torch.randint(len(bank), (), generator=own)].item()
+            if label == self.transformer.null_class
+            else label
+            for label, own in zip(labels, generators, strict=True)
+        ]
+        return self.prepare_layout(bank.sample(of_class, generators), num_tokens)
 
     def prepare_layout(
         self, layout: Tensor | GPSTokens | ImageLike | Sequence[ImageLike], num_tokens: int | None = None
@@ -345,9 +436,9 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         self,
         layout: Tensor | GPSTokens,
         class_labels: Labels = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 3.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
@@ -364,7 +455,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
 
         Returns: tokens of B pictures, texture in float32.
         """
-        settings = SamplingSettings(
+        settings = self._texture_settings(
             num_inference_steps,
             guidance_scale,
             guidance_interval,

@@ -43,9 +43,9 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         keep: str = "layout",
         layout: Tensor | GPSTokens | LayoutBank | ImageLike | Sequence[ImageLike] | None = None,
         num_tokens: int | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 3.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         layout_num_inference_steps: int = 20,
         layout_guidance_scale: float = 2.0,
         generator: Generator | Sequence[Generator] | None = None,
@@ -76,7 +76,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             TypeError: arguments of another type.
         """
         self._check_request(output_type)
-        settings = SamplingSettings(
+        settings = self._texture_settings(
             num_inference_steps,
             guidance_scale,
             guidance_interval,
@@ -122,9 +122,9 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         class_labels: Labels = None,
         strength: float = 0.6,
         selection: Tensor | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 3.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -145,7 +145,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
                 all, and as `__call__`.
         """
         self._check_parts()
-        settings = SamplingSettings(
+        settings = self._texture_settings(
             num_inference_steps,
             guidance_scale,
             guidance_interval,
@@ -187,7 +187,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         if layout is None:
             return self._draw_layouts(labels, num_tokens, generators, None, settings)
         if isinstance(layout, LayoutBank):
-            layout = self.prepare_layout(layout.sample(labels, generators), num_tokens)
+            layout = self._banked_layouts(layout, labels, num_tokens, generators)
         if len(layout) not in (1, len(labels)):
             raise ValueError(f"There are {len(layout)} layouts for {len(labels)} pictures.")
         return layout.expand(len(labels), -1, -1)

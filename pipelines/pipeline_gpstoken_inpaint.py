@@ -17,7 +17,7 @@ from gpstoken_diffusers.tokens import GPSTokens
 from .class_labels import Labels
 from .pipeline_gpstoken import GPSTokenPipelineOutput
 from .pipeline_gpstoken_img2img import GPSTokenImg2ImgPipeline
-from .sampling import SamplingSettings, StepCallback
+from .sampling import StepCallback
 
 
 class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
@@ -47,9 +47,9 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
         strength: float = 1.0,
         reach_sigmas: float = 1.5,
         num_tokens: int | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 3.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -77,7 +77,7 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
             TypeError: arguments of another type.
         """
         self._check_request(output_type)
-        settings = SamplingSettings(
+        settings = self._texture_settings(
             num_inference_steps,
             guidance_scale,
             guidance_interval,

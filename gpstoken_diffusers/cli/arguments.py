@@ -44,7 +44,7 @@ then 1.
 examples:
   gpstoken reconstruct photos/ -o reconstructed/
   gpstoken reconstruct photos/ -o reconstructed/ --recursive --num-tokens 128 --device cuda
-  gpstoken reconstruct photo.jpg -o reconstructed/ --model gpstoken_l256.safetensors
+  gpstoken reconstruct photo.jpg -o reconstructed/ --model l256
 """
 _PANEL = """\
 examples:
@@ -60,11 +60,23 @@ examples:
   gpstoken generate --label Food --layout photo.png -n 4 -o food-in-the-shape-of-the-photo.png
   gpstoken generate --list-labels
 """
-_CONVERT = """\
+_DOWNLOAD = """\
+Files come to the cache of huggingface_hub (HF_HOME says where), and a download that was cut off goes on. The
+first use of --model l256 does the same.
+
 examples:
-  gpstoken convert gpstoken_l256.safetensors -o gpstoken-l256
+  gpstoken download l256 m128
+  gpstoken download https://huggingface.co/OWNER/REPO/blob/main/FILE.safetensors
+"""
+_CONVERT = """\
+An official generator with its layouts becomes a pipeline, for DiffusionPipeline.from_pretrained and
+gpstoken generate.
+
+examples:
+  gpstoken convert l256 -o gpstoken-l256
   gpstoken convert weights.safetensors -o gpstoken-m128 --preset m128 --dtype bfloat16
   gpstoken convert weights.safetensors -o mine --config config.json
+  gpstoken convert generator.safetensors --autoencoder m128 --layouts initg.pickle -o gpstoken-imagenet
 """
 _DEMO = """\
 examples:
@@ -195,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", metavar="N", type=int, help="steps of the second stage (default: the sampler's)")
     generate.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's own)")
     generate.add_argument(
-        "--guidance", metavar="W", type=float, default=3.0, help="how strongly to keep to the class (default: 3)"
+        "--guidance", metavar="W", type=float, help="how strongly to keep to the class (default: the model's, or 3)"
     )
     generate.add_argument(
         "--layout-guidance", metavar="W", type=float, default=2.0, help="the same of the layout (default: 2)"
@@ -203,19 +215,29 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-tokens", metavar="N", type=int, help="tokens per picture (default: the model's)")
     generate.add_argument(
         "--model",
-        metavar="PATH",
-        type=Path,
-        help="a pipeline's folder (default: gpstoken-mini, which is part of this package)",
+        metavar="MODEL",
+        help="a pipeline's folder, or OWNER/NAME on the Hub (default: gpstoken-mini, which is part of this package)",
     )
     _hardware(generate)
     _common(generate)
 
+    summary = "released tokenizers or other official files from the Hub to this machine"
+    download = _command(commands, "download", "conversion", summary, _DOWNLOAD)
+    download.add_argument(
+        "files", metavar="MODEL", nargs="+", help=f"{', '.join(PRESETS)}, OWNER/REPO/FILE, or an address of the Hub"
+    )
+    _common(download)
+
     summary = "official checkpoint -> folder for from_pretrained"
     convert = _command(commands, "convert", "conversion", summary, _CONVERT)
-    convert.add_argument("checkpoint", metavar="OFFICIAL", type=Path, help="official .safetensors file")
+    convert.add_argument("checkpoint", metavar="OFFICIAL", help="official .safetensors file, or its name on the Hub")
     _output(convert, "folder to write")
     _preset(convert, "its configuration (default: by its shapes, else by the file's name)")
     convert.add_argument("--config", metavar="JSON", type=Path, help="constructor arguments of a model of other sizes")
+    convert.add_argument(
+        "--autoencoder", metavar="MODEL", help="of a generator: its tokenizer, a file as OFFICIAL (default: m128)"
+    )
+    convert.add_argument("--layouts", metavar="PICKLE", type=Path, help="of a generator: the official initg.pickle")
     convert.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     convert.add_argument("--overwrite", action="store_true", help="replace a folder that convert wrote before")
     _common(convert)
@@ -274,10 +296,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        metavar="PATH",
-        type=Path,
-        help="a folder of save_pretrained or `gpstoken convert`, or an official .safetensors file "
-        "(default: gpstoken-mini, which is part of this package)",
+        metavar="MODEL",
+        help="s64, m128 or l256, a released tokenizer, fetched at its first use; a folder of save_pretrained or "
+        "`gpstoken convert`, or OWNER/NAME, a repository of the Hub that holds one; an official .safetensors file, or "
+        "OWNER/REPO/FILE on the Hub (default: gpstoken-mini, which is part of this package)",
     )
     _preset(group, "configuration of an official file, where its shapes and name do not tell")
     _hardware(group)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from PIL import Image
 
 from .. import __version__
@@ -20,6 +21,7 @@ from ..assets import MINI_PIPELINE
 from ..evaluation.metrics import psnr, ssim
 from ..image_processor import GPSTokenImageProcessor
 from ..models.autoencoder_gpstoken import AutoencoderGPSToken
+from ..models.hub_files import fetch_tokenizer_folder, is_repository
 from ..ops.partition import max_tokens
 from ..tokens import GPSTokens
 
@@ -125,23 +127,43 @@ def load_codec(args: argparse.Namespace) -> Codec:
     """
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    path = args.model or MINI_PIPELINE
-    name = path.resolve().name
+    path, name = find_model(args)
     if (path / AUTOENCODER_FOLDER / "config.json").is_file():
         path = path / AUTOENCODER_FOLDER  # a whole pipeline: its tokenizer
     if path.is_dir():
         if args.preset is not None:
             raise ValueError(f"--preset is for official files; the folder {path} holds its own configuration.")
         model = _load_folder(path, dtype)
-    elif path.is_file():
-        model = AutoencoderGPSToken.from_single_file(path, preset=args.preset, dtype=dtype)
-    elif args.model is None:
-        raise FileNotFoundError(f"the shipped model is not at {path}. Install the package again, or give --model.")
     else:
-        raise FileNotFoundError(f"no model at {path}. Give a folder or an official .safetensors file.")
+        model = AutoencoderGPSToken.from_single_file(path, preset=args.preset, dtype=dtype)
     model.set_memory_budget(args.memory_budget)
     processor = processor_for(model, path)
     return Codec(name, model.to(device).eval(), processor)
+
+
+def find_model(args: argparse.Namespace) -> tuple[Path, str]:
+    """Where `--model` is on this machine, after a download where it takes one, and its name for people.
+
+    Raises:
+        OSError: no such model, here or on the Hub, or the Hub cannot be reached.
+        ValueError: an official file that does not fit.
+    """
+    if args.quiet:
+        disable_progress_bars()
+    place = args.model or str(MINI_PIPELINE)
+    path = Path(place)
+    if path.exists():
+        return path, path.resolve().name
+    if args.model is None:
+        raise FileNotFoundError(f"the shipped model is not at {path}. Install the package again, or give --model.")
+    if is_repository(place):
+        return fetch_tokenizer_folder(place), path.name
+    path = AutoencoderGPSToken.download_single_file(place, preset=args.preset)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no model at {path}. Give s64, m128, l256, a folder, or an official .safetensors file, here or on the Hub."
+        )
+    return path, path.name
 
 
 def processor_for(model: AutoencoderGPSToken, path: Path) -> GPSTokenImageProcessor:

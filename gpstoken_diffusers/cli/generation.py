@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from diffusers.utils.logging import disable_progress_bar
+from huggingface_hub.utils import disable_progress_bars
 
 from ..assets import MINI_PIPELINE
 from ..image_processor import GPSTokenImageProcessor
+from ..models.hub_files import is_repository
 from ..pipelines.pipeline_gpstoken import GPSTokenPipeline
 from ..schedulers.presets import make_sampler
 from ..visualization import picture_grid
@@ -17,7 +20,6 @@ from .files import check_picture_suffix, prepare_file, write_picture
 
 # Pictures that pass through the networks together: enough to keep them busy, few enough for any memory.
 PICTURES_AT_ONCE = 16
-DEFAULT_STEPS = 20
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -25,13 +27,23 @@ def generate(args: argparse.Namespace) -> int:
     if args.count < 1:
         raise ValueError(f"-n {args.count}: make at least 1 picture.")
     check_picture_suffix(args.output)
-    path = args.model or MINI_PIPELINE
-    if not path.is_dir():
-        raise FileNotFoundError(f"no pipeline at {path}. Give a folder that GPSTokenPipeline.save_pretrained wrote.")
+    place = args.model or str(MINI_PIPELINE)
+    is_here = Path(place).is_dir()
+    if not is_here and not is_repository(place):
+        raise FileNotFoundError(
+            f"no pipeline at {place}. Give a folder of GPSTokenPipeline.save_pretrained, or OWNER/NAME on the Hub."
+        )
     device = choose_device(args.device)
     if args.quiet:
         disable_progress_bar()
-    pipe = GPSTokenPipeline.from_pretrained(path, dtype=choose_dtype(args.dtype, device), local_files_only=True)
+        disable_progress_bars()
+    dtype = choose_dtype(args.dtype, device)
+    try:
+        pipe = GPSTokenPipeline.from_pretrained(place, dtype=dtype, local_files_only=is_here)
+    except OSError as error:
+        if is_here:
+            raise
+        raise OSError(f"no pipeline at {place}: there is no such folder here. On the Hub: {error}") from error
     if args.list_labels:
         for number, name in sorted(pipe.id2label.items()):
             print(f"{number:4}  {name}")
@@ -39,12 +51,9 @@ def generate(args: argparse.Namespace) -> int:
     prepare_file(args.output, args.layout)
     label = int(args.label) if args.label is not None and args.label.isdecimal() else args.label
     pipe.label_ids(label)
-    steps = DEFAULT_STEPS
+    steps = args.steps
     if args.sampler is not None:
-        pipe.scheduler, sampler_steps = make_sampler(args.sampler, args.steps)
-        steps = sampler_steps or DEFAULT_STEPS
-    elif args.steps is not None:
-        steps = args.steps
+        pipe.scheduler, steps = make_sampler(args.sampler, args.steps)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=args.quiet)
     layout = None if args.layout is None else _square(pipe, args)

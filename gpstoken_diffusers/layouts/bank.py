@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from safetensors.torch import save as safetensors_bytes
 
 from ..safe_files import check_format, open_safetensors, write_atomically
@@ -20,12 +22,16 @@ __all__ = ["LayoutBank"]
 
 FILE_FORMAT = "gpstoken.layouts"
 FILE_FORMAT_VERSION = 1
+FILE_NAME = "diffusion_pytorch_model.safetensors"  # diffusers downloads weights by this name alone
 _ADVICE = "Make the layouts again."
 _CLASSES_SHOWN = 12
 
 
-class LayoutBank:
+class LayoutBank(SchedulerMixin):
     """Layouts of real images and the class of each; a class without layouts may have a name too.
+
+    It can be a part of a pipeline. diffusers saves and loads only parts whose class stands below one that it knows, and
+    the one with least to it is that of schedulers.
 
     Attributes:
         layouts: (n, N, 5) float32 on the CPU: initial Gaussians (sigma_x, sigma_y, rho, x, y) in [-1, 1]
@@ -179,6 +185,16 @@ class LayoutBank:
             raise ValueError(f"{path}: the layouts lack {error}. {_ADVICE}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: the layouts are damaged: {error}. {_ADVICE}") from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """`save` to a folder, as diffusers asks parts of a pipeline; the rest is not used."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.save(Path(save_directory, FILE_NAME))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> LayoutBank:
+        """`load` from a folder that `save_pretrained` wrote."""
+        return cls.load(Path(pretrained_model_name_or_path, FILE_NAME))
 
     @classmethod
     def from_official_pickle(cls, path: str | os.PathLike) -> LayoutBank:

@@ -14,7 +14,7 @@ from typing import TypedDict
 from urllib.parse import unquote, urlsplit
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,6 +30,8 @@ REPOSITORY = "xtudbxk/GPSToken"
 RELEASES = {name: f"{REPOSITORY}/gpstoken_{name}.safetensors" for name in ("s64", "m128", "l256")}
 """Short names of the released tokenizers, which stand for OWNER/REPO/FILE."""
 
+# What a tokenizer's folder consists of, alone or in a pipeline's.
+_FOLDER_FILES = ["config.json", "preprocessor_config.json", "diffusion_pytorch_model*.safetensors*", "autoencoder/*"]
 _HOSTS = ("huggingface.co", "hf.co")
 _REVISION_AND_FILE = re.compile(r"(?:blob|resolve|raw)/(refs/[^/]+/[^/]+|[^/]+)/(.+)")
 
@@ -156,3 +158,28 @@ def hub_file(location: str) -> HubFile | None:
     if address.netloc in hosts:
         raise ValueError(f"{location} names no .safetensors file: official models are read from those alone.")
     return None
+
+
+def is_repository(location: str) -> bool:
+    """Whether a location reads OWNER/REPO."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.safetensors)", location) is not None
+
+
+def fetch_tokenizer_folder(repository: str) -> Path:
+    """The folder in the cache of a repository OWNER/REPO that holds a tokenizer as `save_pretrained` wrote it.
+
+    Raises FileNotFoundError: no such repository, none that holds one, or the Hub cannot be reached.
+    """
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=_FOLDER_FILES))
+    except Exception as error:  # as in HubFile.fetch
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"no model at {repository}: there is no such folder here, nor on the Hub ({reason})."
+        ) from error
+    if not any((folder / place / "config.json").is_file() for place in (".", "autoencoder")):
+        raise FileNotFoundError(
+            f"no model at {repository}: that repository holds no folder of save_pretrained. Of official files, name "
+            f"one: {repository}/FILE.safetensors."
+        )
+    return folder
