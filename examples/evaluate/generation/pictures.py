@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -66,7 +67,8 @@ def generate(pipe: GPSTokenPipeline, args: argparse.Namespace) -> tuple[list[Pat
 
     Raises ValueError: the folder holds samples of another pipeline or of other settings.
     """
-    check_settings(args)
+    names = ("guidance_scale", "layout_guidance_scale", "sampler", "steps", "seed")
+    claim_samples(args.samples_dir, args.pipeline, {name: getattr(args, name) for name in names}, "--samples_dir")
     steps = args.steps
     if args.sampler:
         pipe.scheduler, steps = make_sampler(args.sampler, args.steps)
@@ -94,25 +96,31 @@ def generate(pipe: GPSTokenPipeline, args: argparse.Namespace) -> tuple[list[Pat
     return paths, torch.tensor([row for row, _ in wanted])
 
 
-def check_settings(args: argparse.Namespace) -> None:
-    """Writes down what the samples are made with; raises ValueError if existing ones were made with something else."""
+def claim_samples(folder: Path, pipeline: Path, settings: dict[str, Any], option: str) -> None:
+    """Write down in `folder` what its samples are made with, so that they can be gone on with.
+
+    Args:
+        settings: what decides the samples beside the pipeline's files, in JSON's types.
+        option: that names the folder.
+
+    Raises ValueError: existing samples were made with something else, or the folder holds something else.
+    """
     digest = hashlib.sha256()
-    for path in sorted(args.pipeline.rglob("*")):
+    for path in sorted(pipeline.rglob("*")):
         if path.suffix in (".json", ".safetensors"):
-            digest.update(path.relative_to(args.pipeline).as_posix().encode() + path.read_bytes())
-    names = ("guidance_scale", "layout_guidance_scale", "sampler", "steps", "seed")
-    settings = {"pipeline": digest.hexdigest()} | {name: getattr(args, name) for name in names}
-    note = args.samples_dir / "settings.json"
+            digest.update(path.relative_to(pipeline).as_posix().encode() + path.read_bytes())
+    settings = {"pipeline": digest.hexdigest()} | settings
+    note = folder / "settings.json"
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
-        if differing := [name for name, value in settings.items() if before[name] != value]:
+        if differing := [name for name, value in settings.items() if before.get(name) != value]:
             raise ValueError(
-                f"{args.samples_dir} holds samples made with another {', '.join(differing)}; give another folder by "
-                "--samples_dir, or remove this one"
+                f"{folder} holds samples made with another {', '.join(differing)}; give another folder by {option}, "
+                "or remove this one"
             )
-    elif args.samples_dir.exists() and any(args.samples_dir.iterdir()):
-        raise ValueError(f"{args.samples_dir} holds something else than samples; give another folder by --samples_dir")
-    args.samples_dir.mkdir(parents=True, exist_ok=True)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else than samples; give another folder by {option}")
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps(settings, indent=2).encode())
 
 
