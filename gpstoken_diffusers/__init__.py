@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "AutoencoderGPSToken": "models.autoencoder_gpstoken",
     "FlowMatchDopri5Scheduler": "schedulers.scheduling_dopri5",
+    "GPSTokenAutoModel": "models.auto_model",
     "GPSTokenImageProcessor": "image_processor",
     "GPSTokenImg2ImgPipeline": "pipelines.pipeline_gpstoken_img2img",
     "GPSTokenInpaintPipeline": "pipelines.pipeline_gpstoken_inpaint",

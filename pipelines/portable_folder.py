@@ -27,6 +27,8 @@ _INSTALL = "pip install -U gpstoken-diffusers"
 # Raise it when a folder is written that older versions would load wrongly without noticing.
 _FORMAT = 1
 _FORMAT_KEY = "_gpstoken_format"
+# One class for all networks, as AutoModel reads it here and not in the networks' own folders.
+_AUTO_MAP = {"AutoModel": f"{_PACKAGE}.GPSTokenAutoModel"}
 _PRIVATE_KEYS = ("_class_name", "_diffusers_version", _FORMAT_KEY)
 
 _PIPELINE_CODE = '''\
@@ -65,6 +67,9 @@ class PortableFolderMixin:
 
     - the pipeline's own class, `GPSTokenPipeline.from_pretrained(folder)`, with installed code only;
     - `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, with nothing imported before.
+
+    A network alone comes by `diffusers.AutoModel.from_pretrained(folder, subfolder="transformer",
+    trust_remote_code=True)`.
     """
 
     # ------------------------------------------------------------------ saving
@@ -112,7 +117,7 @@ class PortableFolderMixin:
         # A subclass that a user has made is not ours to find again.
         if _public_class(type(self).__name__) is type(self):
             index["_class_name"] = ["pipeline", type(self).__name__]
-        return {**index, _FORMAT_KEY: _FORMAT}
+        return {**index, "auto_map": _AUTO_MAP, _FORMAT_KEY: _FORMAT}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in diffusers, which, however, never saves an optional component that was None at first."""
@@ -180,7 +185,7 @@ class PortableFolderMixin:
         Raises ValueError: the configuration of another pipeline, or of a later version.
         """
         cls._check_index(config_dict)
-        located = {name: _locate(entry) for name, entry in config_dict.items()}
+        located = {name: _locate(entry) for name, entry in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(located, **kwargs)
 
     @classmethod

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What tells `from_pretrained` where a folder or a Hub repository is.
-_LOCATION_ARGUMENTS = (
+LOCATION_ARGUMENTS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
 )  # fmt: skip
 
@@ -86,7 +86,7 @@ class FolderLoadingMixin:
                 (diffusers only warns, and leaves them empty).
         """
         kwargs["use_safetensors"] = True
-        where = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
+        where = {key: kwargs[key] for key in LOCATION_ARGUMENTS if key in kwargs}
         config = cls.load_config(pretrained_model_name_or_path, **where)
         class_name = config.get("_class_name")
         if class_name != cls.__name__:

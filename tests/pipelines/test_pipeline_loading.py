@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,25 @@ def test_pipelines_of_this_package_share_their_folders(fresh, folder, tmp_path, 
     assert (tmp_path / "again" / "model_index.json").read_bytes() == (tmp_path / "model_index.json").read_bytes()
 
 
+@pytest.mark.parametrize("part", ["autoencoder", "transformer", "layout_model"])
+def test_auto_model_loads_each_network(fresh, hub, folder, part):
+    if not (hub.root / "someone" / "networks").exists():
+        shutil.copytree(folder, hub.root / "someone" / "networks")
+    code = """
+        from diffusers import AutoModel
+        model = AutoModel.from_pretrained(place, subfolder=part, trust_remote_code=True)
+        weights = model.state_dict()
+        result = type(model).__name__, [float(value.double().sum()) for value in weights.values()]
+    """
+    expected = load_file(folder / part / WEIGHTS)
+    for place, start in ((folder, ""), ("someone/networks", ""), (folder, "import gpstoken_diffusers\n")):
+        name, sums = fresh(start + textwrap.dedent(code), place=place, part=part)
+        assert name == read_json(folder / part / "config.json")["_class_name"]
+        assert sorted(sums) == sorted(float(value.double().sum()) for value in expected.values())
+    with pytest.raises(Raised, match="trust_remote_code"):
+        fresh(code.replace(", trust_remote_code=True", ""), place=folder, part=part)
+
+
 # ---------------------------------------------------------------------- the files of code
 
 
@@ -226,15 +246,6 @@ def test_pipelines_of_others_find_our_components(fresh, folder, tmp_path, pictur
         result = type(pipe).__name__, picture(GPSTokenPipeline(**pipe.components))
     """
     assert fresh(code, folder=folder, theirs=tmp_path / "theirs") == ["Theirs", picture]
-
-
-def test_auto_model_finds_a_component(fresh, folder):
-    code = """
-        import gpstoken_diffusers
-        from diffusers import AutoModel
-        result = type(AutoModel.from_pretrained(folder, subfolder="transformer")).__name__
-    """
-    assert fresh(code, folder=folder) == "GPSTokenTransformerModel"
 
 
 def test_a_missing_package_says_how_to_install_it(fresh, folder):
