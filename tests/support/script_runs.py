@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ for name in gpstoken_diffusers.__all__:
     getattr(gpstoken_diffusers, name)
 
 def become(rank, run, port):
+    os.setsid()  # a group of its own, as that of a program that a shell starts
     # What accelerate launch and torchrun set up.
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["processes"], "LOCAL_WORLD_SIZE": run["processes"]}
     if run["processes"] > 1:
@@ -59,7 +61,8 @@ for line in sys.stdin:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
         children.append(child)
-    print(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children) * 1, flush=True)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
 
@@ -73,6 +76,32 @@ def _server() -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT / "tests", env=environment, **pipes)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A script that was started: its processes, each of which leads a process group, and where it writes."""
+
+    command: list[str]
+    processes: list[int]
+    log: Path
+
+    def wait(self) -> tuple[list[int], str]:
+        """Exit codes of its processes, and what they wrote."""
+        return json.loads(_server().stdout.readline()), self.log.read_text()
+
+
+def start_script(command: list[object], folder: Path, processes: int = 1) -> Running:
+    """Starts a script as `run_script` does; wait for it before another one is started."""
+    if not hasattr(os, "fork"):
+        pytest.skip("starts processes by fork")
+    log = folder / "log.txt"
+    log.unlink(missing_ok=True)
+    run = {"command": [str(part) for part in command], "folder": str(folder), "log": str(log)}
+    server = _server()
+    server.stdin.write(json.dumps({**run, "processes": processes}) + "\n")
+    server.stdin.flush()
+    return Running(run["command"], json.loads(server.stdout.readline()), log)
+
+
 def run_script(command: list[object], folder: Path, processes: int = 1, fails: bool = False) -> str:
     """Runs a script (its path) or a module (its name) with its arguments on the CPU, and returns what it wrote.
 
@@ -82,14 +111,7 @@ def run_script(command: list[object], folder: Path, processes: int = 1, fails: b
         processes: how many train together.
         fails: whether it must fail; the test fails where the script does otherwise.
     """
-    if not hasattr(os, "fork"):
-        pytest.skip("starts processes by fork")
-    log = folder / "log.txt"
-    log.unlink(missing_ok=True)
-    run = {"command": [str(part) for part in command], "folder": str(folder), "log": str(log)}
-    server = _server()
-    server.stdin.write(json.dumps({**run, "processes": processes}) + "\n")
-    server.stdin.flush()
-    code, text = server.stdout.readline(), log.read_text()
-    assert (code == "1\n") == fails and code, f"{' '.join(run['command'])}\n{text[-4000:]}"
+    running = start_script(command, folder, processes)
+    codes, text = running.wait()
+    assert any(codes) == fails, f"{' '.join(running.command)}\n{text[-4000:]}"
     return text

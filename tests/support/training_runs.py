@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
+from script_runs import ROOT, run_script
 
 import gpstoken_diffusers
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "train" / "train_autoencoder.py"
 TINY = {
     "texture_channels": 4,
@@ -91,30 +89,9 @@ def train_here(photographs: Path, output: Path, *more: object) -> None:
         GradientState._reset_state()
 
 
-def launch(photographs: Path, output: Path, *more: object, processes: int = 1, driver: Path | None = None):
-    """Starts the script as a user does, and returns the running process, which leads a process group of its own;
-    `driver` runs in the script's place."""
-    # `accelerate launch` starts several CPU processes through MPI alone; torchrun does so without.
-    if processes == 1:
-        start = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-        start += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    else:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    if driver is not None:
-        start = []
-    command = [sys.executable, *start, str(driver or SCRIPT), *arguments(photographs, output, *more)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def train_apart(photographs: Path, output: Path, *more: object, processes: int = 1, driver: Path | None = None) -> str:
-    """Runs the script in processes of its own, expects success, and returns what it wrote."""
-    process = launch(photographs, output, *more, processes=processes, driver=driver)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text[-3000:]
-    return text
+def train_apart(photographs: Path, output: Path, *more: object, **how) -> str:
+    """Runs the script in processes of its own, and returns what it wrote; `how` as for `run_script`."""
+    return run_script([SCRIPT, *arguments(photographs, output, *more)], output.parent, **how)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

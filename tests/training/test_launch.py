@@ -13,7 +13,8 @@ import accelerate.tracking
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import LoggerType
-from training_runs import ENVIRONMENT, ROOT
+from script_runs import ROOT
+from training_runs import ENVIRONMENT
 
 from gpstoken_diffusers.training.launch import add_loop_arguments, make_accelerator, start_trackers
 

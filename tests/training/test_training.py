@@ -18,15 +18,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from script_runs import run_script, start_script
 from training_runs import (
     ENVIRONMENT,
-    ROOT,
     SCRIPT,
     TINY,
     arguments,
     assert_same_weights,
     curve,
-    launch,
     make_photographs,
     train_apart,
     train_here,
@@ -64,7 +63,7 @@ def whole(photographs, tmp_path_factory) -> Path:
     process was seen to differ in its last bits.
     """
     output = tmp_path_factory.mktemp("whole") / "run"
-    train_apart(photographs, output, *settings(photographs), driver=SCRIPT)
+    train_apart(photographs, output, *settings(photographs))
     return output
 
 
@@ -99,9 +98,9 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_stopped_runs_go_on_as_if_they_had_not_been(photographs, whole, tmp_path):
     """By time, then started again: the second part sees the rest of the same data, noise and schedule."""
     output = tmp_path / "run"
-    train_apart(photographs, output, *settings(photographs), "--max_minutes", 0, driver=SCRIPT)
+    train_apart(photographs, output, *settings(photographs), "--max_minutes", 0)
     assert [row["step"] for row in curve(output)] == [1]
-    train_apart(photographs, output, *settings(photographs), "--resume_from_checkpoint", "latest", driver=SCRIPT)
+    train_apart(photographs, output, *settings(photographs), "--resume_from_checkpoint", "latest")
     assert_same_weights(whole, output)
     assert without_clock(curve(output))[1:] == without_clock(curve(whole))
 
@@ -130,45 +129,49 @@ def test_the_schedule_reaches_the_optimizer(photographs, whole, tmp_path, optimi
     assert moved[0] < 1e-7 < 1e-4 < moved[1]  # two steps of a millionth of 1e-3 or so, and two of the whole
 
 
-KILLS_ITSELF = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch
-from training_runs import load_script
+KILLS_ITSELF = f"""
+import os, runpy, signal, torch
 
 saved, save = 0, torch.save
 def save_and_die(*args, **kwargs):
     global saved
     saved += 1
     save(*args, **kwargs)
-    if saved == {files}:  # in the middle of a checkpoint, of which several files are written already
+    if saved == 10:  # in the middle of a checkpoint, of which several files are written already
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = save_and_die
-import accelerate.checkpointing, accelerate.utils.other
-load_script().main(sys.argv[1:])
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
+
+ON_A_FULL_DISK = f"""
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.005)
 
 
 def test_killed_runs_go_on_as_if_they_had_not_been(photographs, whole, tmp_path):
     """kill -9 while the second checkpoint is being written, then at a random moment, then nothing: the same run."""
-    output, driver = tmp_path / "run", tmp_path / "driver.py"
+    output = tmp_path / "run"
     more = (*settings(photographs), "--resume_from_checkpoint", "latest")
-    driver.write_text(KILLS_ITSELF.format(tests=str(ROOT / "tests" / "support"), files=10))
-    process = launch(photographs, output, *more, driver=driver)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, text[-2000:]
+    (tmp_path / "driver.py").write_text(KILLS_ITSELF)
+    codes, text = start_script([tmp_path / "driver.py", *arguments(photographs, output, *more)], tmp_path).wait()
+    assert codes == [-signal.SIGKILL], text[-2000:]
     assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2"], text[-2000:]
     assert list(output.glob("tmp-checkpoint-4/*"))
-    driver.write_text(KILLS_ITSELF.format(tests=str(ROOT / "tests" / "support"), files=-1))
-    process = launch(photographs, output, *more, driver=driver)
-    deadline = time.monotonic() + 200
-    while not (output / "checkpoint-4").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    running = start_script([SCRIPT, *arguments(photographs, output, *more)], tmp_path)
+    wait_for(output / "checkpoint-4")
     time.sleep(random.uniform(0, 0.3))
-    process.kill()
-    process.communicate()
-    train_apart(photographs, output, *more, driver=SCRIPT)
+    os.kill(running.processes[0], signal.SIGKILL)
+    running.wait()
+    train_apart(photographs, output, *more)
     assert_same_weights(whole, output)
     assert without_clock(curve(output)) == without_clock(curve(whole))
     assert not list(output.glob("tmp-*"))
@@ -180,17 +183,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(photographs, whole, tmp_pa
     more = (*settings(photographs), "--resume_from_checkpoint", "latest")
     train_here(photographs, output, *more, "--max_train_steps", 2)
     before = {path.name: path.read_bytes() for path in (output / "checkpoint-2").iterdir()}
-    command = [sys.executable, str(SCRIPT), *arguments(photographs, output, *more)]
-    full = subprocess.run(
-        command,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert full.returncode != 0
-    assert "The checkpoint of step 4 could not be written" in full.stderr and "Is the disk full?" in full.stderr
+    (tmp_path / "driver.py").write_text(ON_A_FULL_DISK)
+    text = run_script([tmp_path / "driver.py", *arguments(photographs, output, *more)], tmp_path, fails=True)
+    assert "The checkpoint of step 4 could not be written" in text and "Is the disk full?" in text
     assert {path.name: path.read_bytes() for path in (output / "checkpoint-2").iterdir()} == before
     assert not list(output.glob("tmp-*"))
     AutoencoderGPSToken.from_pretrained(output / "model")
@@ -274,17 +269,12 @@ def test_batch_systems_may_end_a_run(photographs, tmp_path):
     """SIGTERM to all processes of a run, as they send it: the step is finished, a checkpoint and the model written,
     nothing validated, the exit status 0."""
     output = tmp_path / "run"
-    driver = tmp_path / "driver.py"
-    driver.write_text(KILLS_ITSELF.format(tests=str(ROOT / "tests" / "support"), files=-1))
     more = ("--max_train_steps", 100_000, "--checkpointing_steps", 5, "--num_workers", 2)
-    process = launch(photographs, output, *more, driver=driver)
-    deadline = time.monotonic() + 200
-    while not (output / "checkpoint-5").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    text, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, text[-2000:]
+    running = start_script([SCRIPT, *arguments(photographs, output, *more)], tmp_path)
+    wait_for(output / "checkpoint-5")
+    os.killpg(running.processes[0], signal.SIGTERM)
+    codes, text = running.wait()
+    assert codes == [0], text[-2000:]
     assert "go on with --resume_from_checkpoint latest" in text
     last = int(list_checkpoints(output)[-1].name.split("-")[1])
     assert last > 5 and f"\n{last:,} steps of 2 crops" in (output / "model" / "README.md").read_text()
@@ -318,10 +308,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(photographs, tmp_pat
 def test_a_launch_as_users_do_it(photographs, tmp_path):
     """accelerate launch, two loading processes, bfloat16, gradient checkpointing, a tracker."""
     pytest.importorskip("tensorboard")
-    text = train_apart(
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    line += ["--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT] + arguments(
         photographs, tmp_path / "run", "--max_train_steps", 2, "--num_workers", 2, "--mixed_precision", "bf16",
         "--gradient_checkpointing", "--report_to", "tensorboard", "--validation_dir", photographs,
     )  # fmt: skip
+    done = subprocess.run(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    text = done.stdout
     assert "image/s" in text
     events = list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
     assert any(b"validation" in file.read_bytes() and b"PNG" in file.read_bytes() for file in events)
