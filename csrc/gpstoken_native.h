@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define GPSTOKEN_ABI_VERSION 3
+#define GPSTOKEN_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define GPSTOKEN_API __declspec(dllexport)
@@ -65,6 +65,12 @@ GPSTOKEN_API int gpstoken_splat_backward_cpu(const float* geometry, const void* 
 GPSTOKEN_API int gpstoken_partition_cpu(const float* grey, const float* bias, int32_t* regions, int64_t B, int64_t H,
                                         int64_t W, int64_t N, int min_region_size, double entropy_exponent,
                                         int num_threads);
+
+/* The partition by error, see ops/partition_error_reference.py: image (B, C, H, W) float32 in [-1, 1], bias (B, H, W)
+ * or NULL -> regions (B, N, 4). */
+GPSTOKEN_API int gpstoken_partition_error_cpu(const float* image, const float* bias, int32_t* regions, int64_t B,
+                                              int64_t C, int64_t H, int64_t W, int64_t N, int min_region_size,
+                                              int num_threads);
 
 /* How many regions' complexities gpstoken_partition_cpu has measured in this process so far: a partition's work. */
 GPSTOKEN_API int64_t gpstoken_partition_evaluations_cpu(void);

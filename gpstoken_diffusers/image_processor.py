@@ -36,6 +36,7 @@ class GPSTokenImageProcessorSettings(TypedDict, total=False):
     tile_size: int
     num_tokens: int
     min_region_size: int
+    partition_criterion: str
     entropy_exponent: float
     background: tuple[int, int, int]
 
@@ -48,7 +49,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         center_crop: cut pictures to their centre square (after scaling).
         tile_size: side in pixels of the tiles that larger pictures are cut into; the autoencoder's `sample_size`.
         num_tokens: tokens per tile.
-        min_region_size, entropy_exponent: the partition's settings, see [`partition_image`].
+        min_region_size, partition_criterion, entropy_exponent: the partition's settings, see [`partition_image`].
         background: RGB in 0..255 that transparent pixels are laid on.
     """
 
@@ -64,6 +65,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         min_region_size: int = 8,
         entropy_exponent: float = 2.5,
         background: Sequence[int] = (255, 255, 255),
+        partition_criterion: str = "entropy",
         **kwargs: Any,
     ):
         # transformers adds entries of its own to the saved file; the base class knows which to keep.
@@ -74,6 +76,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         self.shortest_edge, self.center_crop, self.tile_size = shortest_edge, center_crop, tile_size
         self.num_tokens, self.min_region_size, self.entropy_exponent = num_tokens, min_region_size, entropy_exponent
+        self.partition_criterion = partition_criterion
         self.background = list(background)
 
     @classmethod
@@ -84,6 +87,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             "num_tokens": config.num_tokens,
             "min_region_size": config.min_region_size,
             "entropy_exponent": config.entropy_exponent,
+            "partition_criterion": config.partition_criterion,
         }
         return cls(**settings | overrides)
 
@@ -148,6 +152,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             self.tile_size,
             self.num_tokens if num_tokens is None else num_tokens,
             min_region_size=self.min_region_size,
+            criterion=self.partition_criterion,
             entropy_exponent=self.entropy_exponent,
             importance=weights,
             importance_strength=importance_strength,

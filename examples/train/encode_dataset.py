@@ -261,6 +261,7 @@ def run(args: argparse.Namespace) -> None:
         num_tokens=num_tokens,
         min_region_size=config.min_region_size,
         entropy_exponent=config.entropy_exponent,
+        partition_criterion=config.partition_criterion,
     )
     loader = DataLoader(
         EncoderInputs(pictures, processor, args),

@@ -39,6 +39,7 @@ from gpstoken_diffusers.training.autoencoder_objective import (
 )
 from gpstoken_diffusers.training.data import CROPS, TrainingCrops, collate_crops
 from gpstoken_diffusers.training.launch import COUNT, NATURAL, SHARE_BELOW_1, add_loop_arguments, make_accelerator
+from gpstoken_diffusers.training.linear_start import linear_parameters
 from gpstoken_diffusers.training.loop import train
 from gpstoken_diffusers.training.model_card import write_model_card
 from gpstoken_diffusers.training.pictures import DatasetPictures, Pictures, open_pictures
@@ -67,7 +68,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--preset", choices=MODELS, help="Sizes of a fresh model (default: mini), or of an official file.")
     add("--config", help="JSON file of AutoencoderGPSToken arguments that replace those of the preset.")
     add("--pretrained", help="A model to start from: a folder, or an official .safetensors file.")
-    add("--freeze", choices=["encoder", "decoder"], help="A part that is not trained.")
+    add(
+        "--freeze",
+        choices=["encoder", "decoder", "linear"],
+        help="A part that is not trained; linear: the layers that linear_start sets.",
+    )
     add(
         "--lora_rank",
         type=NATURAL,
@@ -78,6 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resolution", type=COUNT, help="Side of the training crops, and the model's tile; default: the model's.")
     add("--num_tokens", type=COUNT, help="Tokens per crop; default: the model's.")
     add("--token_jitter", type=SHARE_BELOW_1, default=0.25, help="A batch has num_tokens (1 +- this) tokens.")
+    add(
+        "--token_range",
+        type=COUNT,
+        nargs=2,
+        metavar=("FEWEST", "MOST"),
+        help="A batch has so many tokens, drawn log-uniformly, in place of --num_tokens and --token_jitter.",
+    )
     add("--crop", default="scales", choices=CROPS, help="Crops of all scales, or centre squares.")
     add("--perceptual_network", default="efficientnet-lite0", choices=NAMES)
     add("--perceptual_weights", help="File of its weights; default: what fetch_perceptual.py fetched.")
@@ -122,9 +134,12 @@ def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
 
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS))
-    parts = {"encoder": (model.stem, model.refiner), "decoder": (model.decoder,), None: ()}
-    for part in parts[args.freeze]:
+    parts = {"encoder": (model.stem, model.refiner), "decoder": (model.decoder,)}
+    for part in parts.get(args.freeze, ()):
         part.requires_grad_(False)
+    if args.freeze == "linear":
+        for parameter in linear_parameters(model):
+            parameter.requires_grad_(False)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -219,6 +234,8 @@ def main(argv: list[str] | None = None) -> None:
         crop=args.crop,
         token_jitter=args.token_jitter,
         batch_size=per_step,
+        token_range=args.token_range and tuple(args.token_range),
+        partition=model.partition_settings,
     )
     objective = build_objective(args, accelerator, model, sources)
     train(args, accelerator, model, samples, objective, collate=collate_crops)

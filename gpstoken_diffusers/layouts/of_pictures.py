@@ -19,7 +19,7 @@ def partition_tiles(
     *,
     importance: Tensor | None = None,
     tiles_at_once: int = TILES_AT_ONCE,
-    **settings: float,
+    **settings: float | str,
 ) -> Partition:
     """Divides each tile of pictures into regions, without a copy of the pictures.
 

@@ -25,6 +25,7 @@ from .canvas import Progress, checked_size, cut_picture
 from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
+from .patch_decoder import PatchDecoder
 from .refinement import GaussianRefiner
 from .stem import ImageStem
 from .windows import Size
@@ -62,20 +63,22 @@ class AutoencoderGPSToken(
         num_tokens: tokens per tile unless a call says otherwise.
         texture_channels: numbers of texture per token.
         support: reach of a Gaussian when splatted, in sigmas (the checkpoints use 3, the paper writes 5).
-        min_region_size, entropy_exponent: the partition's settings, see [`partition_image`].
+        min_region_size, partition_criterion, entropy_exponent: the partition's settings, see [`partition_image`].
         stem_channels, stem_patch_size, stem_num_layers: see [`ImageStem`].
         roi_size: RoIAlign cells per region along each axis.
+        region_pixels: side of the small picture of each region that goes straight into its texture; 0 for none.
         region_reading: how the transformer reads the cells, "pool" or "flatten", see [`GaussianRefiner`].
         hidden_size, num_layers, num_attention_heads: the refinement transformer.
         map_size: side of a tile's feature map, in map pixels.
         decoder_type: "map" splats texture and decodes the map as the released checkpoints do ([`MapDecoder`]);
-            "lattice" is strictly local and small ([`LatticeDecoder`]).
+            "lattice" is strictly local and small ([`LatticeDecoder`]); "patch" is so too, and paints a small picture
+            for each token at full resolution ([`PatchDecoder`]).
         decoder_block_out_channels: decoder widths, finest resolution first.
         decoder_num_layers: decoder residual blocks per resolution.
-        lattice_size, lattice_channels: see [`LatticeDecoder`]; only for `decoder_type="lattice"`.
+        lattice_size, lattice_channels: see [`LatticeDecoder`]; not for `decoder_type="map"`.
         decode_mode: how images of several tiles are decoded by default, "merge" (as one picture, no seams) or "tile"
             (each tile by itself, exactly as it was encoded). The release decodes L256 by tile, S64 and M128 merged.
-            A lattice decoder is local, so it always merges.
+            The local ones always merge.
 
     Precision: in bfloat16 or float16, the Gaussians, the geometry head and its residuals, RoIAlign, the splat's
     accumulation and the normalisation statistics stay float32. A centre in bfloat16 is off by up to a pixel, and sums
@@ -115,6 +118,8 @@ class AutoencoderGPSToken(
         lattice_size: int = 4,
         lattice_channels: int = 32,
         decode_mode: str = "tile",
+        region_pixels: int = 0,
+        partition_criterion: str = "entropy",
     ):
         super().__init__()
         if decode_mode not in ("merge", "tile"):
@@ -124,7 +129,14 @@ class AutoencoderGPSToken(
         self.stem = ImageStem(in_channels, stem_channels, stem_patch_size, stem_num_layers)
         transformer = (hidden_size, num_layers, num_attention_heads)
         self.refiner = GaussianRefiner(
-            stem_channels, *transformer, texture_channels, roi_size, region_reading, stem_patch_size
+            stem_channels,
+            *transformer,
+            texture_channels,
+            roi_size,
+            region_reading,
+            stem_patch_size,
+            region_pixels,
+            in_channels,
         )
         widths, upscale = tuple(decoder_block_out_channels), sample_size // map_size
         sizes = (texture_channels, out_channels, widths, decoder_num_layers, map_size, upscale, support)
@@ -132,8 +144,10 @@ class AutoencoderGPSToken(
             self.decoder = MapDecoder(*sizes)
         elif decoder_type == "lattice":
             self.decoder = LatticeDecoder(*sizes, lattice_size, lattice_channels)
+        elif decoder_type == "patch":
+            self.decoder = PatchDecoder(*sizes, lattice_size, lattice_channels)
         else:
-            raise ValueError(f'decoder_type must be "map" or "lattice", got {decoder_type!r}.')
+            raise ValueError(f'decoder_type must be "map", "lattice" or "patch", got {decoder_type!r}.')
         self.use_slicing = self.use_tiling = self.is_compiled = False
         self._memory_budget: int | None = None
 
@@ -148,6 +162,16 @@ class AutoencoderGPSToken(
         for network in (self.stem, self.refiner, self.decoder):
             network.compile(*args, **kwargs)
         self.is_compiled = True
+
+    @property
+    def partition_settings(self) -> dict[str, float | str]:
+        """What [`partition_image`] is to be told beside the number of tokens."""
+        config = self.config
+        return {
+            "min_region_size": config.min_region_size,
+            "criterion": config.partition_criterion,
+            "entropy_exponent": config.entropy_exponent,
+        }
 
     @property
     def memory_budget(self) -> int | None:
@@ -279,7 +303,8 @@ class AutoencoderGPSToken(
             chunk = slice(start, start + step)
             tiles = take_tiles(pixel_values, self.config.sample_size, chunk)
             features = self._lasting(self.stem(tiles.to(plan.dtype, memory_format=torch.channels_last)))
-            outputs = tuple(map(self._lasting, self.refiner(features, geometry[chunk], regions[chunk])))
+            seen = (tiles.to(plan.dtype),) if self.config.region_pixels else ()
+            outputs = tuple(map(self._lasting, self.refiner(features, geometry[chunk], regions[chunk], *seen)))
             if progress is not None:
                 progress(min(1.0, (start + step) / max(1, count)))
             if step >= count:
@@ -300,8 +325,7 @@ class AutoencoderGPSToken(
             pixel_values,
             config.sample_size,
             config.num_tokens if num_tokens is None else num_tokens,
-            min_region_size=config.min_region_size,
-            entropy_exponent=config.entropy_exponent,
+            **self.partition_settings,
             importance=importance,
             importance_strength=importance_strength,
             tiles_at_once=self.work_plan.partition_tiles(),
@@ -397,14 +421,23 @@ class AutoencoderGPSToken(
         *,
         num_tokens: int | None = None,
         texture_noise: float = 0.0,
+        nested_share: float = 0.0,
         return_dict: bool = True,
     ) -> DecoderOutput | tuple[Tensor]:
         """Encodes and decodes: (B, in_channels, H, W) in [-1, 1] -> `sample` of that size. Arguments as `encode`, and
 
         texture_noise: for training. Each image's textures get noise of up to this share of their deviation in the
             batch, so that the decoder tolerates the small errors of a generator of tokens.
+        nested_share: for training. Of this share of the images only the first channels of the textures are kept, a
+            random number of them, so that any beginning of a texture decodes.
         """
         (tokens,) = self.encode(sample, geometry, regions, num_tokens=num_tokens, return_dict=False)
+        if nested_share:
+            texture = tokens.texture
+            count, channels = len(texture), texture.shape[-1]
+            kept = torch.randint(1, channels, (count, 1, 1), device=texture.device)
+            kept = torch.where(torch.rand_like(kept, dtype=torch.float32) < nested_share, kept, channels)
+            tokens = replace(tokens, texture=texture * (torch.arange(channels, device=texture.device) < kept))
         if texture_noise:
             texture = tokens.texture
             share = texture_noise * torch.rand(len(texture), 1, 1, device=texture.device, dtype=texture.dtype)

@@ -190,7 +190,7 @@ class LatticeDecoder(nn.Module):
                     near = painter.tokens_near(own.geometry[0], own.texture[0], tokens.canvas_size, map_size, strip)
                 for inner, window in row:
                     if whole is None:
-                        feature_map = painter.paint_window(*near, map_size, window).to(plan.dtype)
+                        feature_map = painter.paint_window(*near, map_size, window, tokens.canvas_size).to(plan.dtype)
                     else:
                         feature_map = whole[..., window.top : window.bottom, window.left : window.right]
                     # `forward`, not a call: windows have many sizes, and each would be compiled anew.

@@ -16,6 +16,8 @@ from .windows import Size, Window, map_geometry, touches, window_geometry
 
 # A region reaches 1.5 sigma from its centre (its initial sigma is a third of its extent), so the lattice does too.
 REACH_SIGMAS = 1.5
+# A lattice point's sigma, as a share of the distance to the next.
+POINT_SHARE = 0.5
 # Blur of a lattice point, in pixels of the map: below half a pixel a Gaussian would fall between the samples.
 ANTIALIAS_PX = 0.5
 # Weight that an unpainted place has beside the painted ones, so that 0 / 0 cannot occur.
@@ -26,21 +28,32 @@ TOKENS_ROUNDED_TO = 256
 TOKENS_AT_ONCE = 2**15
 
 
-def unfold_lattice(geometry: Tensor, lattice_size: int, height: int, width: int) -> Tensor:
+def unfold_lattice(
+    geometry: Tensor,
+    lattice_size: int,
+    height: int,
+    width: int,
+    reach: float = REACH_SIGMAS,
+    share: float = POINT_SHARE,
+    blur_px: float = ANTIALIAS_PX,
+) -> Tensor:
     """Splits every Gaussian into `lattice_size`^2 smaller ones, laid out in its own frame.
 
     The lattice is regular in the coordinates in which the Gaussian is a unit circle, so it moves, grows and shears
-    with it. Each point has the parent's shape, scaled to half the lattice's spacing and blurred by half a map pixel.
+    with it. Each point has the parent's shape, scaled to a share of the lattice's spacing, and blurred.
 
     Args:
         geometry: (B, N, 5) float32.
         lattice_size: points along each axis of the parent.
         height, width: size of the map in pixels, for the blur.
+        reach: of the lattice from its parent's centre, in the parent's sigmas.
+        share: a point's sigma, as a share of the spacing.
+        blur_px: sigma of the blur, in pixels of the map.
 
     Returns: (B, N * lattice_size^2, 5) float32, points of a token contiguous, rows first.
     """
-    spacing = 2 * REACH_SIGMAS / lattice_size
-    offset = (torch.arange(lattice_size, device=geometry.device, dtype=torch.float32) + 0.5) * spacing - REACH_SIGMAS
+    spacing = 2 * reach / lattice_size
+    offset = (torch.arange(lattice_size, device=geometry.device, dtype=torch.float32) + 0.5) * spacing - reach
     offset_b, offset_a = torch.meshgrid(offset, offset, indexing="ij")
     offset_a, offset_b = offset_a.flatten(), offset_b.flatten()
 
@@ -49,8 +62,8 @@ def unfold_lattice(geometry: Tensor, lattice_size: int, height: int, width: int)
     child_x = x + sigma_x * offset_a
     child_y = y + sigma_y * (rho * offset_a + torch.sqrt(1 - rho * rho) * offset_b)
 
-    scale = spacing / 2
-    blur_x, blur_y = (2 * ANTIALIAS_PX / max(size - 1, 1) for size in (width, height))
+    scale = share * spacing
+    blur_x, blur_y = (2 * blur_px / max(size - 1, 1) for size in (width, height))
     child_sigma_x = torch.sqrt((scale * sigma_x) ** 2 + blur_x**2)
     child_sigma_y = torch.sqrt((scale * sigma_y) ** 2 + blur_y**2)
     child_rho = scale**2 * rho * sigma_x * sigma_y / (child_sigma_x * child_sigma_y)
@@ -96,9 +109,11 @@ class LatticePainter(FeedForward):
             canvas_size: (height, width) in pixels of the canvas.
         """
         geometry = map_geometry(geometry.float(), canvas_size, map_size)
-        return self._splat(geometry, self._features(geometry, texture, map_size), map_size)
+        return self._splat(geometry, self._features(geometry, texture, map_size, canvas_size), map_size)
 
-    def paint_window(self, geometry: Tensor, texture: Tensor, map_size: Size, window: Window) -> Tensor:
+    def paint_window(
+        self, geometry: Tensor, texture: Tensor, map_size: Size, window: Window, canvas_size: Size | None = None
+    ) -> Tensor:
         """Paints what is seen in a window of a map: -> (1, lattice_channels + 1, window's h, w) float32.
 
         The map is painted in cells of `cell_px` squared, each in its own coordinates by the tokens that reach it, so
@@ -112,12 +127,13 @@ class LatticePainter(FeedForward):
             texture: (N, in_channels).
             map_size: (height, width) of the whole map.
             window: its top and left on whole cells.
+            canvas_size: (height, width) in pixels of the canvas at its own size; None is that of the map.
         """
         near = self.reaches(geometry, map_size, window)
         geometry, texture = geometry[near], texture[near]
         # In round numbers: on a CPU, oneDNN keeps a program of a megabyte for each number of rows that it has seen.
         spare = (0, 0, 0, -len(geometry) % TOKENS_ROUNDED_TO)
-        features = self._features(F.pad(geometry, spare, value=1.0), F.pad(texture, spare), map_size)
+        features = self._features(F.pad(geometry, spare, value=1.0), F.pad(texture, spare), map_size, canvas_size)
         features = features[: len(geometry)]
         # Stands for no token where a cell has fewer than its neighbours: far outside.
         nothing = geometry.new_tensor([0.0, 0.0, 0.0, 8.0, 8.0]).expand(1, 5)
@@ -163,17 +179,22 @@ class LatticePainter(FeedForward):
         sigmas = REACH_SIGMAS * (math.sqrt(2) * (1 - 1 / self.lattice_size) + self.support / self.lattice_size)
         return touches(geometry, sigmas, self.support * ANTIALIAS_PX, size)
 
-    def _features(self, geometry: Tensor, texture: Tensor, map_size: Size) -> Tensor:
+    def _features(self, geometry: Tensor, texture: Tensor, map_size: Size, canvas_size: Size | None) -> Tensor:
         """What each lattice point paints: -> (..., N, lattice_size^2, lattice_channels + 1) float32, the last 1.
 
-        geometry: (..., N, 5) float32 in coordinates of the whole map; texture: (..., N, in_channels).
+        geometry: (..., N, 5) float32 in coordinates of the whole map; texture: (..., N, in_channels); canvas_size:
+        (height, width) in pixels of the canvas at its own size; None is that of the map.
         """
         # Shape in units of map pixels, so that a token means the same in an image of any size.
-        pixels = geometry.new_tensor([max(side - 1, 1) / 2 for side in reversed(map_size)])
-        shape = torch.cat([torch.log2(geometry[..., SIGMA] * pixels), geometry[..., RHO : RHO + 1]], dim=-1)
+        sigma_px = self._sigma_px(geometry, map_size, canvas_size)
+        shape = torch.cat([torch.log2(sigma_px), geometry[..., RHO : RHO + 1]], dim=-1)
         features = super().forward(torch.cat([texture, shape.to(texture.dtype)], dim=-1))
         features = features.float().unflatten(-1, (self.lattice_size**2, -1))
         return torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
+
+    def _sigma_px(self, geometry: Tensor, map_size: Size, canvas_size: Size | None) -> Tensor:
+        """(..., 2) sigmas in map pixels by which a token knows its size; arguments as of `_features`."""
+        return geometry[..., SIGMA] * geometry.new_tensor([max(side - 1, 1) / 2 for side in reversed(map_size)])
 
     def _splat(self, geometry: Tensor, features: Tensor, size: Size) -> Tensor:
         """Geometry (B, N, 5) in coordinates of a map or window of `size`, with its features -> that map, painted."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..geometry import GEOMETRY_CHANNELS, RHO, SIGMA, bounded
 from ..ops.roi_align import roi_align
 from .attention import FeedForward, TokenAttention, autocast_disabled
+from .region_sizes import NUM_SIZES, size_weights, sized_linear
 
 
 class RefinementBlock(nn.Module):
@@ -103,6 +104,42 @@ class Float32Linear(nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
+class RegionPicture(nn.Module):
+    """Reads each region as a small picture: for the transformer, and by a linear layer straight into the texture.
+
+    The picture has `side`^2 cells, and a quarter of the region around it as context. The layer into the texture has
+    weights for each size of region.
+
+    Shapes: pixels (B, C, H, W) and regions (B, N, 4) as inclusive pixel indices -> (B, N, hidden_size) and (B, N,
+    texture_channels).
+    """
+
+    def __init__(self, side: int, image_channels: int, hidden_size: int, texture_channels: int):
+        super().__init__()
+        self.margin = side // 4
+        self.cells = side + 2 * self.margin
+        numbers = image_channels * self.cells**2
+        self.proj = nn.Linear(numbers, hidden_size)
+        self.direct_weight = nn.Parameter(torch.randn(NUM_SIZES, texture_channels, numbers) * numbers**-0.5)
+        self.direct_bias = nn.Parameter(torch.zeros(NUM_SIZES, texture_channels))
+
+    def forward(self, pixels: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+        pictures, sizes = self.read(pixels, regions)
+        return self.proj(pictures), self.straight(pictures, sizes)
+
+    def read(self, pixels: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures of regions with their context (B, N, C cells^2), and weights of their sizes (B, N, sizes)."""
+        start, stop = regions[..., :2].float(), regions[..., 2:].float() + 1
+        context = (stop - start) * self.margin / (self.cells - 2 * self.margin)
+        padding = max(pixels.shape[-2:]) // 4  # a region's context reaches no further beyond the border
+        padded = F.pad(pixels, (padding,) * 4, mode="replicate")
+        boxes = torch.cat([start - context, stop + context], dim=-1) + padding
+        return roi_align(padded, boxes, self.cells, 1.0).flatten(2), size_weights(stop - start)
+
+    def straight(self, pictures: Tensor, sizes: Tensor) -> Tensor:
+        return sized_linear(pictures, self.direct_weight, self.direct_bias, sizes).to(pictures.dtype)
+
+
 class GaussianRefiner(nn.Module):
     """Refines the initial Gaussians of a partition and gives each its texture (section "Refinement" of the paper).
 
@@ -113,9 +150,12 @@ class GaussianRefiner(nn.Module):
         roi_size: cells of RoIAlign along each axis.
         region_reading: "pool" ([`PooledRegionReader`], as released) or "flatten" ([`FlatRegionReader`]).
         patch_size: pixels per stem feature along each axis.
+        region_pixels: side of the small picture of each region that is read beside the features; 0 for none.
+        image_channels: of that picture.
 
     Shapes: features (B, in_channels, h, w), initial geometry (B, N, 5) float32, regions (B, N, 4) as inclusive pixel
-    indices x0, y0, x1, y1 -> geometry (B, N, 5) float32, texture (B, N, texture_channels).
+    indices x0, y0, x1, y1, pixels (B, image_channels, H, W) where they are read -> geometry (B, N, 5) float32, texture
+    (B, N, texture_channels).
 
     The geometry head gives residuals in logit space ([`add_in_logit_space`]). Both are float32 whatever the model's
     dtype: bfloat16 has 8 bits, so a centre would be off by up to a pixel of a 256-pixel image.
@@ -131,8 +171,16 @@ class GaussianRefiner(nn.Module):
         roi_size: int,
         region_reading: str,
         patch_size: int,
+        region_pixels: int = 0,
+        image_channels: int = 3,
     ):
         super().__init__()
+        self.region_picture, self.norm_out = None, nn.Identity()
+        if region_pixels:
+            self.region_picture = RegionPicture(region_pixels, image_channels, hidden_size, texture_channels)
+            # The heads start at zero and correct what is good already. Without a norm the stream's few large channels
+            # let one step of the optimizer change a texture by a fifth of its deviation.
+            self.norm_out = nn.LayerNorm(hidden_size)
         self.region_cells = RegionCells(roi_size, patch_size)
         if region_reading == "pool":
             self.region_reader = PooledRegionReader(in_channels, hidden_size, num_layers, roi_size**2)
@@ -149,16 +197,24 @@ class GaussianRefiner(nn.Module):
         nn.init.zeros_(self.geometry_head.bias)
         self.gradient_checkpointing = False
 
-    def forward(self, features: Tensor, initial_geometry: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, initial_geometry: Tensor, regions: Tensor, pixels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         region_features = self.region_reader(self.region_cells(features, regions))
         region_features = region_features.unflatten(1, regions.shape[:2])
         hidden_states = self.token_embedding + self.geometry_embedding(initial_geometry.to(features.dtype))
+        if self.region_picture is not None:
+            seen, direct = self.region_picture(pixels, regions)
+            hidden_states = hidden_states + seen
         for block, read in zip_longest(self.blocks, region_features):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, read)
             else:
                 hidden_states = block(hidden_states, read)
+        hidden_states = self.norm_out(hidden_states)
         texture = self.texture_head(hidden_states)
+        if self.region_picture is not None:
+            texture = texture + direct
         residual = self.geometry_head(hidden_states).float()  # float32 already, unless quantised
         return add_in_logit_space(initial_geometry.float(), residual), texture
 

@@ -10,6 +10,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from ..layouts import of_pictures
+from .region_sizes import NUM_SIZES
 from .windows import Grid, Size
 
 # Without a budget: how many tiles pass through the networks at once when an image has several, and the side, in tiles,
@@ -92,14 +93,25 @@ class WorkPlan:
         # A reading for each layer with its product before the bias, then a block: its input, norm, a feed-forward of
         # four times the width before and after its activation, and attention, which takes less.
         refining = features * item + num_tokens * layers * config.stem_channels * item + hidden * (2 * layers + 12)
-        return int(tiles * max(stem, reading, refining) * MARGIN) + FIXED_BYTES
+        picturing = 0
+        if config.region_pixels:
+            # The tile with half of its width around it, twice; each region's small picture in both dtypes; its texture
+            # by each size, before and after these are weighed. The tile and all readings stay.
+            pictures = num_tokens * config.in_channels * (config.region_pixels + 2 * (config.region_pixels // 4)) ** 2
+            textures = 2 * FLOAT32 * num_tokens * config.texture_channels * NUM_SIZES
+            kept = (pixels + features) * item + hidden * (layers + 2)
+            picturing = kept + 2 * 1.5**2 * pixels * item + pictures * (FLOAT32 + item) + textures
+            refining += pixels * item
+        return int(tiles * max(stem, reading, refining, picturing) * MARGIN) + FIXED_BYTES
 
     def partition_tiles(self) -> int:
         """How many tiles are partitioned at once."""
         if self.budget is None:
             return of_pictures.TILES_AT_ONCE
-        # A tile's pixels, sums of its channels, and its importance, in float32 and float64.
-        each = FLOAT32 * (self.config.in_channels + 8) * self.config.sample_size**2
+        # A tile's pixels, sums of its channels, and its importance, in float32 and float64; by error, two tables of
+        # 64-bit sums for each channel.
+        channels, tables = self.config.in_channels, 4 * (self.config.partition_criterion == "error")
+        each = FLOAT32 * (channels + 8 + tables * channels) * self.config.sample_size**2
         return max(1, min(of_pictures.TILES_AT_ONCE, (self.budget - FIXED_BYTES) // each))
 
     def encoding_tiles(self, count: int, tile_grid: Grid, num_tokens: int) -> int:
@@ -162,20 +174,30 @@ class WorkPlan:
         self.check_room(needed(1), f'decoding tiles at {_pixels(tile_size)} with mode="merge" (mode="tile" needs less)')
         return max(side for side in range(1, usual + 1) if needed(side) <= self.budget)
 
-    # Decoding with a "lattice" decoder
+    # Decoding with a "lattice" or a "patch" decoder
+
+    @property
+    def _map_channels(self) -> int:
+        """Channels of a painted map."""
+        config = self.config
+        pixels = (config.sample_size // config.map_size) ** 2 if config.decoder_type == "patch" else 1
+        return (config.lattice_channels + 1) * pixels
 
     def _local_pixel_bytes(self, tokens_per_pixel: float) -> float:
         """Bytes per map pixel of a window that a lattice decoder draws."""
         config, item = self.config, self.dtype.itemsize
         fine, coarse = config.decoder_block_out_channels
-        map_channels = config.lattice_channels + 1
+        map_channels = self._map_channels
         # A residual block holds its input, two norms or convolutions on the way, and its result; the finer resolution
         # has four pixels to a map pixel.
         drawing = 4 * item * max(4 * fine, coarse) + map_channels * (FLOAT32 + item)
         # The perceptron's two layers before and after the activation, what the lattice's points paint, once for all
         # and once by cells, and the points' geometry. Cells share tokens, and are filled up to the fullest.
         points = config.lattice_size**2
-        token = 4 * coarse * item + points * config.lattice_channels * item + points * FLOAT32 * (3 * map_channels + 10)
+        painted = config.lattice_channels + 1
+        token = 4 * coarse * item + points * (config.lattice_channels * item + FLOAT32 * (3 * painted + 10))
+        if config.decoder_type == "patch":
+            token += FLOAT32 * NUM_SIZES * (config.texture_channels + 1)
         painting = 2 * token * tokens_per_pixel + 3 * FLOAT32 * map_channels
         return max(drawing, painting) * MARGIN
 
@@ -203,7 +225,7 @@ class WorkPlan:
             return None
         painted = 0
         if at_once:  # the map of all windows stays
-            painted = 2 * FLOAT32 * (self.config.lattice_channels + 1) * map_size[0] * map_size[1]
+            painted = 2 * FLOAT32 * self._map_channels * map_size[0] * map_size[1]
         least = 2 * cell_px
         smallest = (min(least, map_size[0]), min(least, map_size[1]))
         needed = painted + self.local_bytes(smallest, tokens_per_pixel)

@@ -1,7 +1,8 @@
 """Adaptive partition of images into regions, and the initial Gaussian of each region.
 
-Detail attracts tokens: the region with the most complex gradients is halved first.
-`ops/partition_reference.py` is the reference. A user can attract tokens too, by an importance map.
+Detail attracts tokens: the region with the most complex gradients is halved first, or the one of which a coarse picture
+leaves the largest error. `ops/partition_reference.py` and `ops/partition_error_reference.py` are the references. A user
+can attract tokens too, by an importance map.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from . import partition_cuda
 from .backend import native
+from .partition_error_reference import partition_error_reference, region_error
 from .partition_reference import partition_image_reference, region_complexity
 
 __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partition_image"]
@@ -24,8 +26,10 @@ __all__ = ["Partition", "grayscale", "initial_gaussians", "max_tokens", "partiti
 SMALLEST_SIDE = 2  # px: the coordinates of a one-pixel axis and the width of its Gaussians would be undefined
 SMALLEST_MIN_REGION_SIZE = 2  # px: with less, regions one pixel wide would appear
 LARGEST_EXPONENT = 100  # an entropy is at most 8 bits, so complexities stay finite
+CRITERIA = ("entropy", "error")
+MOST_PIXELS = 1 << 26  # of an image that is divided by error: sums over more might overflow
 SEEN_BONUS = 1e-6  # complexity per pixel: nothing beside any detail, more than the rounding of sums over a picture
-OVERSHOOT = 2.0  # largest grey value that is taken for a picture in [-1, 1], not for one on another scale
+OVERSHOOT = 2.0  # largest value that is taken for a picture in [-1, 1], not for one on another scale
 
 
 class Partition(NamedTuple):
@@ -118,6 +122,7 @@ def partition_image(
     num_tokens: int,
     *,
     min_region_size: int = 8,
+    criterion: str = "entropy",
     entropy_exponent: float = 2.5,
     importance: torch.Tensor | np.ndarray | None = None,
     importance_strength: float = 1.0,
@@ -133,22 +138,27 @@ def partition_image(
             [-1, 1] a little, as decoded ones do, the excess is cut off.
         num_tokens: from 1 to `max_tokens(H, W, min_region_size)`.
         min_region_size: px; a region is split while its longer side, less 1, exceeds this. At least 2.
+        criterion: which region is halved next. "entropy": the one of the largest complexity, from the entropy of its
+            gradients, as in the paper. "error": the one whose 6 x 6 cells, each in its mean colour, leave the largest
+            squared error; a square is halved so that the halves leave the least. The latter is always worked out on
+            the CPU.
         entropy_exponent: the complexity of a region is (entropy of its gradients) ** entropy_exponent * area.
-            Smaller values divide more evenly. From 0 to 100.
+            Smaller values divide more evenly. From 0 to 100. Only for "entropy".
         importance: (H, W) for all images, or (B, H, W); boolean, or floats in [0, 1]: where tokens are
             wanted.
         importance_strength: at least 0. Each pixel adds strength * importance * (the image's own complexity
-            per pixel) to its region. So at 1 a pixel of importance 1 brings as much as an average pixel does,
+            or error per pixel) to its region. So at 1 a pixel of importance 1 brings as much as an average pixel does,
             on top of its own detail, whatever the contrast of the image.
-        complexity_bias: (H, W) or (B, H, W), any finite values: a bonus per pixel in units of complexity,
-            added up over a region (the official code's `cdbias`).
+        complexity_bias: (H, W) or (B, H, W), any finite values: a bonus per pixel in units of complexity, or of
+            squared error in [-1, 1], added up over a region (the official code's `cdbias`).
         seen: (height, width) in pixels of each image's top left part that is picture; the rest is padding, whatever it
             holds: it counts as flat, importance and bias do not count there, and a region wholly outside the picture
             is divided only when no other can be. None: all of it is picture.
 
     Returns:
         Partition of B images (B = 1 for a single one), on the image's device. The order of tokens is that of
-        the list of regions when the last split is done: by falling complexity, then the last two halves.
+        the list of regions when the last split is done: by falling complexity, then the last two halves; by
+        error, the order in which regions were made.
 
     Raises:
         ValueError: sizes, ranges or numbers outside the above, NaN or infinite values.
@@ -157,8 +167,13 @@ def partition_image(
     Under `torch.compile` it runs outside the graph. A CUDA graph can hold it once it has run on the device; it is
     captured without the checks for NaN and out-of-range values, which need the host.
     """
-    grey, device = _grey_batch(image)
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    planes, device = _image_batch(image, criterion)
+    grey = planes[:, 0]
     batch, height, width = grey.shape
+    if criterion == "error" and height * width > MOST_PIXELS:
+        raise ValueError(f"image of {height} x {width} px: by error, at most {MOST_PIXELS} px can be divided.")
     num_tokens, min_region_size = operator.index(num_tokens), operator.index(min_region_size)
     largest = max_tokens(height, width, min_region_size)
     if not 1 <= num_tokens <= largest:
@@ -174,7 +189,8 @@ def partition_image(
     sizes = _seen_sizes(seen, grey)
     outside = _outside(sizes, grey)
     if outside is not None:
-        grey = _with_flat_padding(grey, sizes)
+        planes = _with_flat_padding(planes, sizes)
+        grey = planes[:, 0]
     bias = None
     if complexity_bias is not None:
         bias = _map_batch("complexity_bias", complexity_bias, grey)
@@ -185,11 +201,17 @@ def partition_image(
                 f"importance: expected values in [0, 1], got {drawn.min():.4g} to {drawn.max():.4g}. "
                 "Scale the map, and set how much it counts by importance_strength."
             )
-        drawn = drawn * _complexity_per_pixel(grey, float(entropy_exponent), sizes) * importance_strength
+        if criterion == "entropy":
+            per_pixel = _complexity_per_pixel(grey, float(entropy_exponent), sizes)
+        else:
+            per_pixel = _error_per_pixel(planes, sizes)
+        drawn = drawn * per_pixel * importance_strength
         bias = drawn if bias is None else bias + drawn
     if outside is not None:
         # What a flat region has by itself is taken off again, and a little more, so that any pixel of a picture counts.
-        flat = region_complexity(np.zeros((2, 2)), np.array([[0, 0, 1, 1]]), float(entropy_exponent))[0] / 4
+        flat = 0.0
+        if criterion == "entropy":
+            flat = region_complexity(np.zeros((2, 2)), np.array([[0, 0, 1, 1]]), float(entropy_exponent))[0] / 4
         inside = SEEN_BONUS if bias is None else bias + SEEN_BONUS
         bias = torch.where(outside, -flat * (1 + 1e-6), inside)
     if bias is not None:
@@ -198,7 +220,10 @@ def partition_image(
             raise ValueError("complexity_bias, importance_strength: expected sums within float32, got infinity.")
 
     min_region_size = min(min_region_size, max(height, width))  # the same, and it fits the C interface's int
-    regions = _regions(grey, num_tokens, min_region_size, float(entropy_exponent), bias)
+    if criterion == "entropy":
+        regions = _regions(grey, num_tokens, min_region_size, float(entropy_exponent), bias)
+    else:
+        regions = _regions_by_error(planes, num_tokens, min_region_size, bias)
     geometry = initial_gaussians(regions, height, width)
     return Partition(regions.to(device), geometry.to(device))
 
@@ -220,10 +245,25 @@ def _regions(
     return regions
 
 
-def _grey_batch(image: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch.device]:
-    """(B, H, W) float32 grey values in [-1, 1] where the work is done, and the device that the image was on.
+def _regions_by_error(
+    planes: torch.Tensor, num_tokens: int, min_region_size: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, num_tokens, 4) int32 regions of (B, C, H, W) float32 values, natively if the library is there."""
+    if native.library("cpu") is None:
+        native.announce_fallback("partition_image", "cpu")
+        bias = None if bias is None else bias.numpy()
+        return torch.from_numpy(partition_error_reference(planes.numpy(), num_tokens, min_region_size, bias))
+    regions = torch.empty((len(planes), num_tokens, 4), dtype=torch.int32)
+    addresses = (planes.data_ptr(), None if bias is None else bias.data_ptr(), regions.data_ptr())
+    settings = (num_tokens, min_region_size, torch.get_num_threads())
+    native.call("cpu", "gpstoken_partition_error_cpu", *addresses, *planes.shape, *settings)
+    return regions
 
-    They lie on a GPU if its native library is there, else on the CPU.
+
+def _image_batch(image: torch.Tensor | np.ndarray, criterion: str) -> tuple[torch.Tensor, torch.device]:
+    """(B, C, H, W) float32 values in [-1, 1] where the work is done, and the device that the image was on.
+
+    By entropy they are grey, and lie on a GPU if its native library is there; else they lie on the CPU.
     """
     image = _as_tensor("image", image)
     if image.dtype != torch.uint8 and not image.is_floating_point():
@@ -234,19 +274,21 @@ def _grey_batch(image: torch.Tensor | np.ndarray) -> tuple[torch.Tensor, torch.d
     if min(shape[-2:]) < SMALLEST_SIDE:
         raise _too_small(*shape[-2:])
     device = image.device
-    home = device if partition_cuda.serves(device) else torch.device("cpu")
+    home = device if criterion == "entropy" and partition_cuda.serves(device) else torch.device("cpu")
     if image.dtype == torch.uint8:
         image = (_quotient(image.to(home).double(), 127.5) - 1).float()  # rounded once, as in the training data
-    grey = grayscale(image) if image.ndim == 4 else image.reshape(-1, *shape[-2:])
-    grey = grey.to(home, torch.float32).contiguous()
-    if grey.numel() == 0 or not _readable(grey):  # the library for CUDA cuts off by itself
-        return grey, device
-    low, high = torch.stack(torch.aminmax(grey)).tolist()  # a NaN anywhere becomes both
+    if image.ndim == 4 and criterion == "entropy":
+        image = grayscale(image)
+    planes = image if image.ndim == 4 else image.reshape(-1, 1, *shape[-2:])
+    planes = planes.to(home, torch.float32).contiguous()
+    if planes.numel() == 0 or not _readable(planes):  # the library for CUDA cuts off by itself
+        return planes, device
+    low, high = torch.stack(torch.aminmax(planes)).tolist()  # a NaN anywhere becomes both
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("image: it contains NaN or infinite values.")
     if max(-low, high) > OVERSHOOT:
         raise ValueError(f"image: expected values in [-1, 1], got {low:.4g} to {high:.4g}.")
-    return (grey if max(-low, high) <= 1 else grey.clamp(-1, 1)), device
+    return (planes if max(-low, high) <= 1 else planes.clamp(-1, 1)), device
 
 
 def _seen_sizes(seen: Sequence[tuple[int, int]] | None, grey: torch.Tensor) -> list[tuple[int, int]]:
@@ -273,23 +315,23 @@ def _outside(sizes: list[tuple[int, int]], grey: torch.Tensor) -> torch.Tensor |
     return outside
 
 
-def _with_flat_padding(grey: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
-    """Images (B, H, W) whose padding has the mean of the edge that it adjoins, so that there is little of a step.
+def _with_flat_padding(planes: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """Images (B, C, H, W) whose padding has the mean of the edge that it adjoins, so that there is little of a step.
 
     The mean is rounded to 1/128, or it would depend on the device in its last bits, and with it ties.
     """
-    grey = grey.clone()
-    for image, (rows, cols) in zip(grey, sizes, strict=True):
+    planes = planes.clone()
+    for image, (rows, cols) in zip(planes, sizes, strict=True):
         edges = []
-        if rows < grey.shape[1]:
-            edges.append(image[rows - 1, :cols])
-        if cols < grey.shape[2]:
-            edges.append(image[:rows, cols - 1])
+        if rows < planes.shape[2]:
+            edges.append(image[:, rows - 1, :cols])
+        if cols < planes.shape[3]:
+            edges.append(image[:, :rows, cols - 1])
         if edges:
-            level = (torch.cat(edges).double().mean() * 128).round() / 128
-            image[rows:] = level
-            image[:, cols:] = level
-    return grey
+            level = ((torch.cat(edges, dim=1).double().mean(1) * 128).round() / 128)[:, None, None].float()
+            image[:, rows:] = level
+            image[:, :, cols:] = level
+    return planes
 
 
 def _map_batch(name: str, values: torch.Tensor | np.ndarray, grey: torch.Tensor) -> torch.Tensor:
@@ -340,3 +382,12 @@ def _complexity_per_pixel(grey: torch.Tensor, entropy_exponent: float, sizes: li
             totals = torch.tensor([region_complexity(image, whole, entropy_exponent)[0] for image in images.numpy()])
         per_pixel[alike] = _quotient(totals.double().reshape(-1, 1, 1), height * width)
     return per_pixel
+
+
+def _error_per_pixel(planes: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """(B, 1, 1) float64: error of what is picture of each image (C, H, W) over its number of pixels."""
+    totals = [
+        region_error(image, (0, 0, width - 1, height - 1)) / (height * width)
+        for image, (height, width) in zip(planes.numpy(), sizes, strict=True)
+    ]
+    return torch.tensor(totals, dtype=torch.float64).reshape(-1, 1, 1)

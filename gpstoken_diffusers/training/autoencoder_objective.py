@@ -16,7 +16,7 @@ from ..image_processor import GPSTokenImageProcessor
 from ..visualization import picture_grid
 from .data import center_crop, to_pixel_values
 from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight
-from .launch import AMOUNT, COUNT, NATURAL, RATE
+from .launch import AMOUNT, COUNT, NATURAL, RATE, SHARE
 from .objective import Objective
 from .pictures import Pictures
 from .run_record import RunState
@@ -43,6 +43,13 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--critic_learning_rate", type=RATE, default=1e-4)
     add("--critic_channels", type=COUNT, default=64)
     add("--critic_norm", default="group", choices=["group", "batch"])
+    add(
+        "--nested_share",
+        type=SHARE,
+        default=0.0,
+        help="Share of pictures of whose texture only the first channels are kept, a random number of them, so that "
+        "any beginning of a texture decodes.",
+    )
     add(
         "--texture_noise",
         type=AMOUNT,
@@ -95,7 +102,8 @@ class AutoencoderObjective(Objective):
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        return model(pixels, batch["geometry"], batch["regions"], texture_noise=self.args.texture_noise).sample
+        changes = {"texture_noise": self.args.texture_noise, "nested_share": self.args.nested_share}
+        return model(pixels, batch["geometry"], batch["regions"], **changes).sample
 
     def model_loss(self, output: Tensor, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         args, target = self.args, batch["pixel_values"]

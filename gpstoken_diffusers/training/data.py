@@ -53,6 +53,8 @@ class TrainingCrops(Dataset):
             scales it down, so that coarse and fine detail appear equally often; "center" takes the centre square, as
             the official training does.
         token_jitter: a batch has num_tokens (1 +- this) tokens.
+        token_range: (fewest, most) tokens of a batch, drawn log-uniformly, in place of num_tokens and token_jitter.
+        partition: further settings of [`partition_image`].
         batch_size: samples that follow each other and share their number of tokens: those of a step on all processes.
 
     A sample: `pixel_values` (3, R, R) float32 in [-1, 1], `regions` (N, 4) int32, `geometry` (N, 5) float32, `skipped`,
@@ -71,17 +73,23 @@ class TrainingCrops(Dataset):
         crop: str = "scales",
         token_jitter: float = 0.0,
         batch_size: int = 1,
+        token_range: tuple[int, int] | None = None,
+        partition: dict[str, float | str] | None = None,
     ):
         if crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}.")
         if not 0 <= token_jitter < 1:
             raise ValueError(f"token_jitter is a share in [0, 1), got {token_jitter}.")
+        if token_range is not None and not 1 <= token_range[0] <= token_range[1]:
+            raise ValueError(f"token_range is (fewest, most) with at least 1 token, got {tuple(token_range)}.")
         sources = sources if isinstance(sources, (list, tuple)) else [sources]
         self.sources: list[Pictures] = [
             open_pictures(source) if isinstance(source, (str, os.PathLike)) else source for source in sources
         ]
         self.resolution, self.num_tokens, self.length, self.seed = resolution, num_tokens, length, seed
         self.crop, self.token_jitter, self.batch_size = crop, token_jitter, batch_size
+        self.token_range = token_range
+        self.partition = partition or {}
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._decoded: dict[tuple[int, int], Image.Image] = {}
         self._cached_bytes = 0
@@ -93,11 +101,16 @@ class TrainingCrops(Dataset):
         random = np.random.default_rng((self.seed, index))
         image, skipped = self._draw(index, random)
         pixel_values = to_pixel_values(self._cut(image, random))
-        regions, geometry = partition_image(pixel_values[None], self._tokens_of_batch(index // self.batch_size))
+        count = self._tokens_of_batch(index // self.batch_size)
+        regions, geometry = partition_image(pixel_values[None], count, **self.partition)
         return {"pixel_values": pixel_values, "regions": regions[0], "geometry": geometry[0], "skipped": skipped}
 
     def _tokens_of_batch(self, batch: int) -> int:
-        share = np.random.default_rng((self.seed, batch, 1)).uniform(1 - self.token_jitter, 1 + self.token_jitter)
+        random = np.random.default_rng((self.seed, batch, 1))
+        if self.token_range is not None:
+            low, high = self.token_range
+            return min(high, round(math.exp(random.uniform(math.log(low), math.log(high)))))
+        share = random.uniform(1 - self.token_jitter, 1 + self.token_jitter)
         return max(1, round(self.num_tokens * share))
 
     def _draw(self, index: int, random: np.random.Generator) -> tuple[Image.Image, list[str]]:

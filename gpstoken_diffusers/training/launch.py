@@ -71,7 +71,13 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adam_learning_rate", type=RATE, default=1e-3, help="Of what Muon does not train.")
     add("--adam_betas", type=SHARE_BELOW_1, nargs=2, default=(0.9, 0.99), metavar=("BETA1", "BETA2"))
     add("--weight_decay", type=AMOUNT, default=0.01)
-    add("--lr_schedule", default="cosine", choices=LR_SCHEDULES)
+    add(
+        "--lr_schedule",
+        default="cosine",
+        choices=LR_SCHEDULES,
+        help="A cosine over --max_train_steps, a constant, or a cosine over --max_minutes, which then count from the "
+        "run's first start.",
+    )
     add("--warmup_steps", type=NATURAL, default=100)
     add("--final_lr_scale", type=SHARE, default=0.02, help="The cosine ends at this share of the learning rate.")
     add("--max_grad_norm", type=AMOUNT, default=1.0, help="0 does not clip.")

@@ -64,8 +64,11 @@ def train(
             not change, the last checkpoint stays.
         FileExistsError: OUTPUT_DIR has another run in it, see `checkpoints.claim_output_dir`.
         OSError: a checkpoint or the model cannot be written; those before stay whole.
-        ValueError: a checkpoint of other settings, see `checkpoints.check_checkpoint`.
+        ValueError: a checkpoint of other settings, see `checkpoints.check_checkpoint`; a rate over minutes
+            without a number of them.
     """
+    if args.lr_schedule == "minutes" and not args.max_minutes:
+        raise ValueError("--lr_schedule minutes needs --max_minutes, the time of the whole run.")
     set_seed(args.seed)
     run = _Run(args, accelerator, model, samples, objective, collate, unit)
     run.resume()
@@ -207,7 +210,9 @@ class _Run:
 
     def _learning_rate_scale(self, step: int) -> float:
         args = self.args
-        return learning_rate_scale(step, args.warmup_steps, args.max_train_steps, args.final_lr_scale, args.lr_schedule)
+        steps = (step, args.warmup_steps, args.max_train_steps)
+        share = self.state.minutes / args.max_minutes if args.lr_schedule == "minutes" else 0.0
+        return learning_rate_scale(*steps, args.final_lr_scale, args.lr_schedule, share)
 
     def _set_learning_rates(self) -> None:
         scale = self._learning_rate_scale(self.step)
@@ -235,11 +240,12 @@ class _Run:
         One exchange for everything; every process comes to the same conclusions.
         """
         seconds = time.monotonic() - self.started
-        self.state.minutes = self.minutes_before + seconds / 60
-        late = self.args.max_minutes is not None and seconds > 60 * self.args.max_minutes
-        ends = torch.tensor([late, requested], dtype=torch.float32, device=self.accelerator.device)
+        args, minutes = self.args, self.minutes_before + seconds / 60
+        counted = minutes if args.lr_schedule == "minutes" else seconds / 60
+        late = args.max_minutes is not None and counted > args.max_minutes
+        ends = torch.tensor([minutes, late, requested], dtype=torch.float32, device=self.accelerator.device)
         shared = self.accelerator.reduce(torch.cat([torch.stack(list(sums.values())), ends]), "mean").tolist()
-        *values, late, requested = shared
+        *values, self.state.minutes, late, requested = shared
         return dict(zip(sums, values, strict=True)), late > 0, requested > 0
 
     def _check_finite(self, numbers: dict[str, float], batch: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from .muon import Muon, split_parameters
 
 OPTIMIZERS = ("muon", "adamw", "adam")
-LR_SCHEDULES = ("cosine", "constant")
+LR_SCHEDULES = ("cosine", "constant", "minutes")
 
 
 class OptimizerGroup(torch.optim.Optimizer):
@@ -89,12 +89,24 @@ def build_optimizer(
 
 
 def learning_rate_scale(
-    step: int, warmup_steps: int, max_train_steps: int, final_lr_scale: float, schedule: str = "cosine"
+    step: int,
+    warmup_steps: int,
+    max_train_steps: int,
+    final_lr_scale: float,
+    schedule: str = "cosine",
+    time_share: float = 0.0,
 ) -> float:
-    """Linear warm-up, then a cosine down to `final_lr_scale` at the last step, or a constant; 1 is the full rate."""
+    """Linear warm-up, then a cosine down to `final_lr_scale` at the last step, or a constant; 1 is the full rate.
+
+    "minutes" is a cosine over time: it ends where `time_share`, the share of the run's time that has passed, is 1.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, max_train_steps - warmup_steps))
+    if schedule == "minutes":
+        progress = time_share
+    else:
+        progress = (step - warmup_steps) / max(1, max_train_steps - warmup_steps)
+    progress = min(1.0, progress)
     return final_lr_scale + (1 - final_lr_scale) * 0.5 * (1 + math.cos(math.pi * progress))

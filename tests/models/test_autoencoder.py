@@ -251,7 +251,7 @@ def test_bad_calls_say_what_was_expected(name):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"decoder_type": "unet"}, '"map" or "lattice"'),
+        ({"decoder_type": "unet"}, '"map", "lattice" or "patch"'),
         ({"decode_mode": "blend"}, '"merge" or "tile"'),
         ({"map_size": 24}, "multiple of map_size"),
         ({"map_size": 8}, "enlarge a map"),

@@ -18,7 +18,7 @@ from gpstoken_diffusers.models.canvas import cut_picture
 from gpstoken_diffusers.models.lattice_painter import BACKGROUND_WEIGHT
 from gpstoken_diffusers.models.windows import map_geometry
 
-KINDS = (("map", "tile"), ("map", "merge"), ("lattice", "merge"))
+KINDS = (("map", "tile"), ("map", "merge"), ("lattice", "merge"), ("patch", "merge"))
 
 
 def tiny_tokens(model: AutoencoderGPSToken, height: int, width: int, batch_size: int = 1) -> GPSTokens:

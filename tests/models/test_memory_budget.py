@@ -11,7 +11,7 @@ from gpstoken_diffusers.models import lattice_painter
 from gpstoken_diffusers.models import work_plan as memory
 from gpstoken_diffusers.models.work_plan import parse_memory
 
-KINDS = (("map", "tile"), ("map", "merge"), ("lattice", "merge"))
+KINDS = (("map", "tile"), ("map", "merge"), ("lattice", "merge"), ("patch", "merge"))
 
 
 def least_budget(model: AutoencoderGPSToken) -> int:

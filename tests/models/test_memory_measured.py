@@ -19,6 +19,11 @@ pytestmark = [
 # A model of the official kind, with decoder and attention large enough to be seen beside what Python itself moves.
 _MAP_MODEL = """dict(hidden_size=128, num_layers=2, num_attention_heads=4, stem_num_layers=1, texture_channels=8,
     decoder_block_out_channels=(32, 64, 64), decoder_num_layers=1, num_tokens=64, decode_mode="tile")"""
+# The kind of gpstoken-mini 2, with narrower networks, so that tokens and painting count.
+_PATCH_MODEL = """dict(hidden_size=128, num_layers=2, num_attention_heads=4, stem_channels=64, stem_patch_size=4,
+    region_reading="flatten", roi_size=4, min_region_size=4, partition_criterion="error", region_pixels=8,
+    decoder_type="patch", map_size=128, decoder_block_out_channels=(16, 64), decoder_num_layers=1, lattice_size=8,
+    lattice_channels=8, decode_mode="merge")"""
 
 _SETUP = """
 import json, torch
@@ -106,6 +111,25 @@ for name, mode, budget in (("tile", "tile", 210), ("merge", "merge", 700)):
         assert used["decode"] <= used["budget"] + SLACK_MB, result
     assert result["tile"]["encode"] >= 0.3 * 210, result
     assert result["tile"]["decode"] >= 0.2 * 210, result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_of_small_pictures_stays_within_the_budget(dtype):
+    """Also with so many tokens that these take more than the convolutions do."""
+    result = in_fresh_process(f"""
+torch.manual_seed(0)
+model = AutoencoderGPSToken(**{_PATCH_MODEL}).to(torch.{dtype}).eval()
+image = picture(768, torch.{dtype})
+model.set_memory_budget("60MiB")
+result = {{}}
+for count in (256, 1024):
+    model.register_to_config(num_tokens=count)
+    result[count] = working_mb(model, image)
+""")
+    for used in result.values():
+        for way in ("encode", "decode"):
+            assert used[way] <= 60 + SLACK_MB, result
+    assert min(result["256"].values()) >= 0.3 * 60, result
 
 
 def test_the_attention_of_a_map_decoder_never_holds_its_weights():

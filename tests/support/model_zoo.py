@@ -53,12 +53,22 @@ TINY_LATTICE_CONFIG = {
     "decode_mode": "merge",
 }
 
+TINY_PATCH_CONFIG = {
+    **TINY_LATTICE_CONFIG,
+    "min_region_size": 4,
+    "partition_criterion": "error",
+    "region_pixels": 4,
+    "decoder_type": "patch",
+    "lattice_size": 4,
+    "lattice_channels": 5,
+}
+TINY_CONFIGS = {"map": TINY_MAP_CONFIG, "lattice": TINY_LATTICE_CONFIG, "patch": TINY_PATCH_CONFIG}
+
 
 def tiny_model(kind: str = "map", seed: int = 0, **overrides) -> AutoencoderGPSToken:
     """A tiny model with every parameter random, the heads that start at zero included."""
     torch.manual_seed(seed)
-    config = TINY_MAP_CONFIG if kind == "map" else TINY_LATTICE_CONFIG
-    model = AutoencoderGPSToken(**{**config, **overrides}).eval()
+    model = AutoencoderGPSToken(**{**TINY_CONFIGS[kind], **overrides}).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -146,3 +146,11 @@ def test_learning_rates():
     assert cosine[6] == pytest.approx(0.55)  # half of the way from 2 to 10
     assert cosine[10] == cosine[11] == pytest.approx(0.1)
     assert [learning_rate_scale(step, 2, 10, 0.1, "constant") for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "step, share, scale",
+    [(0, 0.0, 0.25), (3, 0.5, 1.0), (4, 0.0, 1.0), (4, 0.5, 0.55), (900, 0.5, 0.55), (4, 1.0, 0.1), (4, 1.3, 0.1)],
+)
+def test_a_rate_over_minutes_does_not_look_at_steps(step, share, scale):
+    assert learning_rate_scale(step, 4, 100, 0.1, "minutes", share) == pytest.approx(scale)

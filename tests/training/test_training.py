@@ -105,6 +105,34 @@ def test_stopped_runs_go_on_as_if_they_had_not_been(photographs, whole, tmp_path
     assert without_clock(curve(output))[1:] == without_clock(curve(whole))
 
 
+def test_a_rate_over_minutes_ends_with_the_time_of_all_starts(photographs, tmp_path):
+    """The first start uses the time up, so that the second takes the step that is at hand, at the last rate."""
+    output = tmp_path / "run"
+    more = ("--lr_schedule", "minutes", "--warmup_steps", 0, "--final_lr_scale", 0.1, "--learning_rate", 1e-3)
+    with pytest.raises(ValueError, match="needs --max_minutes"):
+        train_here(photographs, output, *more)
+    train_here(photographs, output, *more, "--max_minutes", 1e-6)
+    train_here(photographs, output, *more, "--max_minutes", 1e-6, "--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in curve(output)] == [1, 2]
+    assert curve(output)[1]["lr"] == pytest.approx(1e-4)
+
+
+def test_linear_layers_stay_while_the_rest_is_trained(photographs, tmp_path):
+    """As gpstoken-mini 2 is trained: any number of tokens, partition by error, textures cut short."""
+    config = TINY | {"decoder_type": "patch", "region_pixels": 4, "partition_criterion": "error", "min_region_size": 4}
+    model = AutoencoderGPSToken(**config, sample_size=32, map_size=16)
+    model.save_pretrained(tmp_path / "start")
+    more = ("--token_range", 2, 16, "--nested_share", 0.5, "--max_train_steps", 2, "--freeze", "linear")
+    train_here(photographs, tmp_path / "run", *more, "--pretrained", tmp_path / "start")
+    kept = {name for name, value in weights(tmp_path / "run").items() if torch.equal(value, model.state_dict()[name])}
+    painter, reader = "decoder.unfold_texture.colour_", "refiner.region_picture.direct_"
+    linear = {painter + "weight", painter + "bias", reader + "weight", reader + "bias"}
+    others = {"stem.conv_in.weight", "refiner.texture_head.weight", "decoder.conv_out.weight"}
+    assert kept & (linear | others) == linear
+    with pytest.raises(ValueError, match='need decoder_type="patch"'):
+        train_here(photographs, tmp_path / "other", *more)
+
+
 def test_the_saved_model_is_the_average_of_the_weights(photographs, whole, tmp_path):
     """With decay 0 the average is the newest weights, up to a rounding; with the usual one it lags behind."""
     output = tmp_path / "run"

@@ -184,6 +184,23 @@ def test_token_counts_vary_from_batch_to_batch_within_bounds(photographs):
     assert min(counts) >= 8 and max(counts) <= 24 and len(set(counts)) > 8
 
 
+def test_token_counts_are_drawn_log_uniformly(photographs):
+    crops = TrainingCrops(photographs, 64, 16, length=400, token_range=(2, 32), batch_size=2)
+    counts = np.array([crops._tokens_of_batch(batch) for batch in range(200)])
+    assert len(crops[0]["regions"]) == len(crops[1]["regions"]) == counts[0]
+    assert counts.min() >= 2 and counts.max() <= 32
+    # As many from 2 to 8 as from 8 to 32; uniform ones would be 0.2. Of 200 draws: 4 standard deviations are 0.14.
+    assert (counts < 8).mean() == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_partition_follows_its_settings(photographs):
+    settings = {"criterion": "error", "min_region_size": 4}
+    sample = TrainingCrops(photographs, 64, 40, length=1, partition=settings)[0]
+    expected = partition_image(sample["pixel_values"][None], 40, **settings)
+    assert torch.equal(sample["regions"], expected.regions[0])
+    assert not torch.equal(sample["regions"], partition_image(sample["pixel_values"][None], 40).regions[0])
+
+
 def test_unreadable_pictures_are_replaced_and_named(photographs, tmp_path, caplog):
     for path in list_images(photographs):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -223,7 +240,10 @@ def test_decoded_pictures_are_kept_within_bounds(photographs, monkeypatch):
     assert all(torch.equal(bare[index]["pixel_values"], free[index]) for index in range(8))
 
 
-@pytest.mark.parametrize("settings", [{"crop": "left"}, {"token_jitter": 1.0}, {"token_jitter": -0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"crop": "left"}, {"token_jitter": 1.0}, {"token_jitter": -0.1}, {"token_range": (0, 8)}, {"token_range": (9, 8)}],
+)
 def test_bad_settings(photographs, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         TrainingCrops(photographs, 32, 1, length=1, **settings)

@@ -61,14 +61,13 @@ class RegionMeans(Method):
 
     def __init__(self, method: GPSTokenMethod):
         self.name = f"{method.name}, region means"
-        self.config, self.num_tokens = method.model.config, method.num_tokens
+        self.tile, self.num_tokens = method.model.config.sample_size, method.num_tokens
+        self.settings = method.model.partition_settings
 
     def encode(self, images: Tensor, places: list[int]) -> PaintedRegions:
-        config, size = self.config, tuple(images.shape[-2:])
-        tile = config.sample_size
+        tile, size = self.tile, tuple(images.shape[-2:])
         rows, cols = tile_grid_for(*size, tile)
-        settings = {"min_region_size": config.min_region_size, "entropy_exponent": config.entropy_exponent}
-        regions = partition_tiles(images.cpu(), tile, self.num_tokens, **settings).regions
+        regions = partition_tiles(images.cpu(), tile, self.num_tokens, **self.settings).regions
         corners = torch.tensor([[tile * col, tile * row] * 2 for row in range(rows) for col in range(cols)])
         boxes = (regions.unflatten(0, (-1, rows * cols)) + corners[:, None]).flatten(1, 2)
         return PaintedRegions(boxes, region_means(images.cpu(), boxes), size)

@@ -33,7 +33,7 @@ __all__ = ["announce_fallback", "call", "doctor", "dtype_code", "library", "refe
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 3  # GPSTOKEN_ABI_VERSION of csrc/gpstoken_native.h
+ABI_VERSION = 4  # GPSTOKEN_ABI_VERSION of csrc/gpstoken_native.h
 BACKEND_VARIABLE = "GPSTOKEN_BACKEND"
 
 _FOLDER = Path(gpstoken_diffusers.__file__).resolve().parent
@@ -51,6 +51,7 @@ _SIGNATURES: dict[str, dict[str, list[type]]] = {
         "gpstoken_splat_forward_cpu": [_POINTER] * 3 + _SPLAT_SIZES + [_INT],
         "gpstoken_splat_backward_cpu": [_POINTER] * 5 + _SPLAT_SIZES + [_INT],
         "gpstoken_partition_cpu": [_POINTER] * 3 + [_SIZE] * 4 + [_INT, _DOUBLE, _INT],
+        "gpstoken_partition_error_cpu": [_POINTER] * 3 + [_SIZE] * 5 + [_INT] * 2,
         "gpstoken_roi_align_cpu": [_POINTER] * 3 + _ROI_ALIGN,
         "gpstoken_roi_align_backward_cpu": [_POINTER] * 3 + _ROI_ALIGN,
         "gpstoken_pixel_norm_cpu": [_POINTER] * 4 + _PIXEL_NORM,
