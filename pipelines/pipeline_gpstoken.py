@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.guiders import BaseGuidance
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Generator, Tensor
@@ -21,7 +22,7 @@ from gpstoken_diffusers.models.attention import autocast_disabled
 from gpstoken_diffusers.models.autoencoder_gpstoken import AutoencoderGPSToken
 from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerModel
 from gpstoken_diffusers.models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
-from gpstoken_diffusers.schedulers.guidance import Network
+from gpstoken_diffusers.schedulers.guidance import Network, check_guider
 from gpstoken_diffusers.schedulers.noise import sample_generators
 from gpstoken_diffusers.schedulers.presets import make_sampler
 from gpstoken_diffusers.tokens import GEOMETRY_CHANNELS, GPSTokens
@@ -70,6 +71,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         sampling_defaults: other defaults of the second stage than 20 steps with guidance of 3 all the way:
             `num_inference_steps`, `guidance_scale`, `guidance_interval`. They are saved with the pipeline.
         id2label: names of the classes by number; None takes those that the transformer has had in another pipeline.
+        guider, layout_guider: of `diffusers.guiders`, what calls take that name none; also as attributes. They are not
+            saved.
 
     Raises ValueError: parts that do not belong together.
 
@@ -90,8 +93,13 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         id2label: dict[str, str] | dict[int, str] | None = None,
         layout_bank: LayoutBank | None = None,
         sampling_defaults: dict | None = None,
+        guider: BaseGuidance | None = None,
+        layout_guider: BaseGuidance | None = None,
     ):
         super().__init__()
+        check_guider(guider)
+        check_guider(layout_guider)
+        self.guider, self.layout_guider = guider, layout_guider
         self.register_modules(
             autoencoder=autoencoder,
             transformer=transformer,
@@ -151,6 +159,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         The components keep their precision unless `dtype` says otherwise; diffusers would cast them to float32.
         """
         kwargs.setdefault("dtype", pipeline.dtype)
+        for name in ("guider", "layout_guider"):
+            kwargs.setdefault(name, getattr(pipeline, name, None))
         return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
@@ -215,6 +225,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        guider: BaseGuidance | None = None,
+        layout_guider: BaseGuidance | None = None,
     ) -> GPSTokenPipelineOutput | tuple:
         """Generates pictures.
 
@@ -242,6 +254,10 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
                 pictures as the network expects them to end, for previews.
             return_dict: whether to return a [`GPSTokenPipelineOutput`] or a tuple of its first entry (the pictures, or
                 the tokens where nothing is decoded).
+            guider: one of `diffusers.guiders` in place of `guidance_scale` and `guidance_interval`, for the second
+                stage; None takes the pipeline's. Its `start` and `stop` count steps, an interval is in flow time. Skip
+                layers by `LayerSkipConfig`: `AutoGuidance(auto_guidance_layers=...)` fails in diffusers 0.42.
+            layout_guider: the same of the first stage.
 
         Raises:
             ValueError: unknown labels, settings out of range, shapes that do not fit together; the message says which.
@@ -254,8 +270,11 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             guidance_interval,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            guider=guider or self.guider,
         )
-        layout_settings = SamplingSettings(layout_num_inference_steps, layout_guidance_scale)
+        layout_settings = SamplingSettings(
+            layout_num_inference_steps, layout_guidance_scale, guider=layout_guider or self.layout_guider
+        )
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}.")
         labels = [label for label in self.label_ids(class_labels) for _ in range(num_images_per_label)]
@@ -299,12 +318,13 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         guidance_scale: float | None,
         guidance_interval: tuple[float, float] | None,
         *others: Any,
+        **named: Any,
     ) -> SamplingSettings:
         """Settings of the second stage; None is the pipeline's own."""
         asked = (num_inference_steps, guidance_scale, guidance_interval)
         own = {**_TEXTURE_DEFAULTS, **self.config.get("sampling_defaults", {})}
         return SamplingSettings(
-            *(own[name] if one is None else one for name, one in zip(own, asked, strict=True)), *others
+            *(own[name] if one is None else one for name, one in zip(own, asked, strict=True)), *others, **named
         )
 
     @staticmethod
@@ -341,17 +361,24 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
+        guider: BaseGuidance | None = None,
     ) -> Tensor:
         """Draws layouts and calibrates them: each is the initial Gaussians of a partition of the whole picture.
 
-        Args as in `__call__`; `latents` are (B, N, 4), and the callback is called after each step of this stage.
+        Args as in `__call__`; `latents` are (B, N, 4), and the callback and the guider are those of this stage.
 
         Returns: (B, N, 5) float32, on the layout model's device.
 
         Raises ValueError: as `__call__`, and for a pipeline without a layout model.
         """
         labels = self.label_ids(class_labels)
-        settings = SamplingSettings(num_inference_steps, guidance_scale, guidance_interval, callback_on_step_end)
+        settings = SamplingSettings(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            callback_on_step_end,
+            guider=guider or self.layout_guider,
+        )
         return self._draw_layouts(labels, num_tokens, generator, latents, settings)
 
     def _draw_layouts(
@@ -443,6 +470,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guider: BaseGuidance | None = None,
     ) -> GPSTokens:
         """Draws what the Gaussians of a layout show, and by how much they differ from it.
 
@@ -461,6 +489,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             guidance_interval,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            guider=guider or self.guider,
         )
         if not isinstance(layout, GPSTokens):
             side = self.autoencoder.config.sample_size

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from diffusers.guiders import BaseGuidance
 from torch import Generator, Tensor
 
 from gpstoken_diffusers.image_processor import ImageLike
@@ -53,6 +54,8 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        guider: BaseGuidance | None = None,
+        layout_guider: BaseGuidance | None = None,
     ) -> GPSTokenPipelineOutput | tuple:
         """Draws pictures anew. Arguments that are not listed are as in `GPSTokenPipeline.__call__`.
 
@@ -83,6 +86,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             strength,
+            guider or self.guider,
         )
         if keep not in ("layout", "texture"):
             raise ValueError(f'keep must be "layout" or "texture", got {keep!r}.')
@@ -100,7 +104,9 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         generators, layout_generators = self._seeded(generator, len(labels))
         latents = self._tile_latents(tokens, own_layout)
         if keep == "texture":
-            layout_settings = SamplingSettings(layout_num_inference_steps, layout_guidance_scale)
+            layout_settings = SamplingSettings(
+                layout_num_inference_steps, layout_guidance_scale, guider=layout_guider or self.layout_guider
+            )
             layout = self._other_layout(layout, labels, own_layout.shape[1], layout_generators, layout_settings)
             old, new = (GPSTokens(geometry, latents, tokens.image_size) for geometry in (own_layout, layout))
             latents = swap_texture(new, old).texture
@@ -128,6 +134,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
         generator: Generator | Sequence[Generator] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guider: BaseGuidance | None = None,
     ) -> GPSTokens:
         """The stage between `encode` and `decode`: noises tokens to the strength, and generates them from there.
 
@@ -152,6 +159,7 @@ class GPSTokenImg2ImgPipeline(GPSTokenPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             strength,
+            guider or self.guider,
         )
         labels = self.label_ids(class_labels, tokens.batch_size)
         if isinstance(layout, Tensor):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from diffusers.guiders import BaseGuidance
 from PIL import Image
 from torch import Generator, Tensor
 
@@ -55,6 +56,7 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        guider: BaseGuidance | None = None,
     ) -> GPSTokenPipelineOutput | tuple:
         """Fills masks. Arguments that are not listed are as in `GPSTokenPipeline.__call__`.
 
@@ -84,6 +86,7 @@ class GPSTokenInpaintPipeline(GPSTokenImg2ImgPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             strength,
+            guider or self.guider,
         )
         tokens, layout, labels = self._encode_with_labels(image, class_labels, num_tokens)
         chosen = self._chosen(tokens, mask, reach_sigmas)

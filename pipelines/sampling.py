@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 from torch import Generator, Tensor
 
-from gpstoken_diffusers.schedulers.guidance import Network, guided_velocity
+from gpstoken_diffusers.schedulers.guidance import Network, check_guider, guided_velocity, guider_velocity
 from gpstoken_diffusers.schedulers.integration import FlowStep, integrate_flow, is_adaptive
 from gpstoken_diffusers.schedulers.noise import draw_noise, sample_generators
 
@@ -25,7 +26,9 @@ CALLBACK_INPUTS = ("latents", "tokens")
 class SamplingSettings:
     """What a caller chooses about the sampling of one stage; the meaning is told in `GPSTokenPipeline.__call__`.
 
-    Raises ValueError: an unknown callback input, or a strength outside (0, 1].
+    Raises:
+        ValueError: an unknown callback input, a strength outside (0, 1], or a guider that is not for tokens.
+        TypeError: a guider that is none.
     """
 
     num_inference_steps: int
@@ -34,8 +37,10 @@ class SamplingSettings:
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     strength: float = 1.0
+    guider: BaseGuidance | None = None
 
     def __post_init__(self):
+        check_guider(self.guider)
         unknown = sorted(set(self.callback_on_step_end_tensor_inputs) - set(CALLBACK_INPUTS))
         if unknown:
             raise ValueError(
@@ -94,13 +99,18 @@ class FlowSamplingMixin:
             raise ValueError(
                 f"latents of the {stage} stage must have the shape {(len(labels), *shape)}, got {tuple(latents.shape)}."
             )
-        velocity = guided_velocity(
-            network,
-            torch.tensor(labels, device=device),
-            model.null_class,
-            settings.guidance_scale,
-            settings.guidance_interval,
-        )
+        class_labels = torch.tensor(labels, device=device)
+        if settings.guider is None:
+            velocity = guided_velocity(
+                network, class_labels, model.null_class, settings.guidance_scale, settings.guidance_interval
+            )
+        elif is_adaptive(scheduler):
+            raise ValueError(
+                f"A guider counts steps, and {type(scheduler).__name__} has none that are known beforehand: take a "
+                "sampler with steps, or leave out the guider of this stage."
+            )
+        else:
+            velocity = guider_velocity(settings.guider, model, network, class_labels, model.null_class, scheduler)
         self._interrupt, self._num_timesteps = False, 0
         with self.progress_bar(total=settings.num_inference_steps) as progress:
             progress.set_description(stage)

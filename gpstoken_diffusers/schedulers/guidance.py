@@ -1,11 +1,15 @@
-"""Classifier-free guidance: from a network that knows classes to one velocity to integrate."""
+"""Guidance: from a network that knows classes to one velocity to integrate, in our own way or by diffusers' guiders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.guiders import BaseGuidance
 from torch import Tensor
+
+from ..models.conditional_block import ConditionalBlock
 
 # Both in flow time, 0 being noise and 1 data. A network: (latents (B, N, C), time (B,), labels (B,)) -> (B, N, C).
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,3 +71,83 @@ def guided_velocity(
         return torch.cat([towards_data] * (len(latents) // len(towards_data)))
 
     return velocity
+
+
+# What these do to pictures, or to attention of diffusers' own kinds, means nothing for tokens.
+_NOT_FOR_TOKENS = {
+    "FrequencyDecoupledGuidance": "takes pictures apart by frequency",
+    "LTX2Guidance": "is for video with sound",
+    "PerturbedAttentionGuidance": "replaces attention that our models compute in another way",
+    "SmoothedEnergyGuidance": "blurs attention over a grid of pixels",
+}
+
+
+def check_guider(guider: BaseGuidance | None) -> None:
+    """Raises TypeError for what is no guider of diffusers, ValueError for a guider that cannot guide tokens."""
+    if guider is None:
+        return
+    if not isinstance(guider, BaseGuidance):
+        raise TypeError(
+            f"guider must be one of diffusers.guiders, such as ClassifierFreeGuidance(guidance_scale=3.0), got "
+            f"{type(guider).__name__}."
+        )
+    if type(guider).__name__ in _NOT_FOR_TOKENS:
+        raise ValueError(
+            f"{type(guider).__name__} {_NOT_FOR_TOKENS[type(guider).__name__]}, so it cannot guide tokens. Take "
+            "ClassifierFreeGuidance, AutoGuidance, SkipLayerGuidance or AdaptiveProjectedGuidance."
+        )
+
+
+def guider_velocity(
+    guider: BaseGuidance,
+    model: ModelMixin,
+    network: Network,
+    class_labels: Tensor,
+    null_class: int,
+    scheduler: SchedulerMixin,
+) -> Velocity:
+    """The velocity under one of diffusers' guiders.
+
+    A guider's `start` and `stop` count evaluations of this run, from 0 at noise to 1 at data; a `guidance_interval`
+    is in flow time. Each condition is evaluated by itself. The weak branch of `AutoGuidance` gets the label itself,
+    as its paper has it, not the null label.
+
+    Args:
+        model: whose blocks a guider may skip.
+        network: (latents (B, N, C), time (B,), labels (B,)) -> velocity (B, N, C), by that model.
+        class_labels: (B,) int64.
+        null_class: the label of the unconditional prediction.
+        scheduler: whose steps the guider counts; its steps are set when the first velocity is asked for.
+
+    Returns: (latents, time) -> velocity, (B, N, C) float32; for one run.
+    """
+    _register_blocks()
+    weak = class_labels if type(guider).__name__ == "AutoGuidance" else torch.full_like(class_labels, null_class)
+    step = 0
+
+    def velocity(latents: Tensor, time: float) -> Tensor:
+        nonlocal step
+        timesteps = scheduler.timesteps[scheduler.begin_index :]
+        guider.set_state(step=step, num_inference_steps=len(timesteps), timestep=timesteps[step])
+        step += 1
+        batches = guider.prepare_inputs({"class_labels": (class_labels, weak)})
+        times = latents.new_full((len(latents),), time)
+        for batch in batches:
+            guider.prepare_models(model)
+            try:
+                # A copy: a network recorded as a CUDA graph writes its next result over it.
+                batch.noise_pred = network(latents, times, batch.class_labels).to(torch.float32, copy=True)
+            finally:  # what a guider hooks into a model must not outlive a run that fails
+                guider.cleanup_models(model)
+        return guider(batches).pred
+
+    return velocity
+
+
+def _register_blocks() -> None:
+    """Tells diffusers how to skip our blocks. Its registry is private: where it moved, only such guiders fail."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    except ImportError:
+        return
+    TransformerBlockRegistry.register(ConditionalBlock, TransformerBlockMetadata(return_hidden_states_index=0))
