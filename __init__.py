@@ -2,6 +2,12 @@
 
 The nodes run on the clone's own copy of the package, so that updating the clone updates all of it. Nothing is put on
 `sys.path`.
+
+For ComfyUI-Manager's list of packs:
+@author: gpstoken
+@title: GPSToken
+@nickname: GPSToken
+@description: Pictures as 2D Gaussian tokens: encode, edit, generate and decode them, and move Gaussians by hand.
 """
 
 import importlib.util

@@ -6,19 +6,23 @@ import functools
 import logging
 import os
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import comfy.model_management as memory
-import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+
+from . import downloads
+from .downloads import RELEASED
+from .listing import names_below
 
 if TYPE_CHECKING:
     from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor, GPSTokenInpaintPipeline
 
 FOLDER = "gpstoken"
+_CONFIGS = ("model_index.json", "config.json")  # of a folder that save_pretrained wrote
 SHIPPED = "gpstoken-mini (shipped)"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,22 +33,19 @@ GB = 10**9
 
 
 def list_models() -> list[str]:
-    """What Load GPSToken offers: the shipped model, then folders and single files below models/gpstoken."""
+    """What Load GPSToken offers: the shipped model, released ones, then folders and files below models/gpstoken."""
     found = set()
-    for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
-        if root.is_dir():
-            for pattern in ("model_index.json", "config.json"):
-                found |= {str(path.parent.relative_to(root)) for path in root.rglob(pattern)}
-            inside = {root / name for name in found}
-            files = (path for path in root.rglob("*.safetensors") if not inside & set(path.parents))
-            found |= {str(path.relative_to(root)) for path in files}
-    # The parts of a pipeline are no models of their own.
-    parts = {name for name in found if any(str(parent) in found for parent in Path(name).parents)}
-    return [SHIPPED, *sorted(found - parts - {"."})]
+    for root in folder_paths.get_folder_paths(FOLDER):
+        names = [PurePosixPath(name) for name in names_below(root, (*_CONFIGS, ".safetensors"))]
+        inside = {name.parent for name in names if name.name in _CONFIGS}
+        files = {name for name in names if name.suffix.lower() == ".safetensors" and not inside & set(name.parents)}
+        # The parts of a pipeline are no models of their own.
+        found |= files | {folder for folder in inside if not inside & set(folder.parents)}
+    return [SHIPPED, *RELEASED, *sorted(map(str, found - {PurePosixPath("."), *map(PurePosixPath, RELEASED)}))]
 
 
 def find_model(name: str) -> Path:
-    """The folder or file that a name of `list_models` stands for.
+    """The folder or file that a name of `list_models` stands for; a released one may not be there yet.
 
     Raises ValueError: no such model, or a name that leads out of the folder.
     """
@@ -52,19 +53,23 @@ def find_model(name: str) -> Path:
 
     if name == SHIPPED:
         return MINI_PIPELINE
+    name = name.replace("\\", "/")  # as older workflows from Windows have it
     if name not in list_models():
         raise ValueError(
             f"There is no model {name!r}. Put a folder that save_pretrained wrote, or an official .safetensors file, "
             f"into {folder_paths.get_folder_paths(FOLDER)[0]}. There are: {', '.join(list_models())}."
         )
-    return next(Path(root, name) for root in folder_paths.get_folder_paths(FOLDER) if Path(root, name).exists())
+    places = [Path(root, name) for root in folder_paths.get_folder_paths(FOLDER)]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def model_fingerprint(name: str) -> list[tuple[str, int, int]]:
     """Changes when the files of a model do."""
+    if name in RELEASED:
+        return []  # whether it is there already or not
     path = find_model(name)
-    files = [path] if path.is_file() else sorted(path.rglob("*.*"))
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    files = [path] if path.is_file() else [path / file for file in names_below(str(path), ("",))]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def network_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
@@ -144,6 +149,8 @@ class GPSModel:
 
         wanted = network_dtype(memory.get_torch_device(), dtype)
         path = find_model(name)
+        if name in RELEASED and not path.exists():
+            path = downloads.fetch(name, path.parent)
         if (path / "model_index.json").is_file():
             pipe = GPSTokenPipeline.from_pretrained(path, dtype=wanted, local_files_only=True)
             networks = {part: value for part, value in pipe.components.items() if isinstance(value, torch.nn.Module)}
@@ -153,7 +160,7 @@ class GPSModel:
         if path.is_dir():
             autoencoder = AutoencoderGPSToken.from_pretrained(path, dtype=wanted, local_files_only=True)
         else:
-            autoencoder = AutoencoderGPSToken.from_single_file(path, dtype=wanted)
+            autoencoder = AutoencoderGPSToken.from_single_file(path, dtype=wanted, preset=RELEASED.get(name))
         processor = GPSTokenImageProcessor.for_autoencoder(autoencoder.config)
         return cls(name, {"autoencoder": autoencoder.eval()}, processor)
 
@@ -251,25 +258,6 @@ def _managed(pipe: object, device: torch.device) -> GPSTokenInpaintPipeline:
         _execution_device = device
 
     return ManagedPipeline(**pipe.components, id2label=pipe.id2label)
-
-
-class Progress:
-    """Progress and Cancel of a node that takes steps."""
-
-    def __init__(self, total: int):
-        self._bar = comfy.utils.ProgressBar(total)
-        self._done = 0
-
-    def step(self, preview=None, total: int | None = None) -> None:
-        """One step is done, of `total` if it is another than before. Raises ComfyUI's interruption on Cancel."""
-        memory.throw_exception_if_processing_interrupted()
-        self._done += 1
-        self._bar.update_absolute(self._done, total, preview)
-
-    def share(self, done: float) -> None:
-        """That share of the total is done, above 0 and at most 1. Raises ComfyUI's interruption on Cancel."""
-        memory.throw_exception_if_processing_interrupted()
-        self._bar.update_absolute(round(done * self._bar.total))
 
 
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))

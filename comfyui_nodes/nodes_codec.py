@@ -8,8 +8,8 @@ from comfy_api.v0_0_2 import io, ui
 from server import PromptServer
 
 from .images import fitting_mask, from_image, given_mask, to_image
-from .models import Progress
-from .sockets import GPSLayoutSocket, GPSTokensSocket, memory_input, model_input, searched_as
+from .progress import Progress
+from .sockets import GPSLayoutSocket, GPSTokensSocket, memory_input, model_input, searched_as, where_known
 
 MAX_TOKENS = 1024  # a tile has 32 x 32 regions of 8 x 8 px, the smallest
 TILINGS = ["auto", "merge", "tile"]
@@ -65,6 +65,7 @@ class GPSEncode(io.ComfyNode):
             category="GPSToken",
             description="Turns a picture into Gaussian tokens: where each lies, its size and shape, and what it shows.",
             **searched_as("vae", "vae encode"),
+            **where_known(has_intermediate_output=True),  # what came out is shown again where the node need not run
             hidden=[io.Hidden.unique_id],
             inputs=[
                 model_input(),

@@ -12,6 +12,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from . import installation
 from .images import pil_to_image
+from .listing import names_below
 from .sockets import GPSTokensSocket, searched_as
 
 SUFFIX = ".safetensors"
@@ -136,16 +137,7 @@ def _dated(form: str) -> str:
 
 def list_files() -> list[str]:
     """Files in the input folder, then in the output folder, as names that `find_file` takes."""
-    try:
-        from gpstoken_diffusers.folder_files import find_files
-    except ImportError:  # said by installation.check when a node runs
-        return []
-    names = []
-    for mark, folder in _FOLDERS.items():
-        root = folder()
-        if os.path.isdir(root):
-            names += [name + mark for name in sorted(find_files(root, [SUFFIX]).files)]
-    return names
+    return [name + mark for mark, folder in _FOLDERS.items() for name in names_below(folder(), [SUFFIX])]
 
 
 def find_file(name: str) -> Path:
@@ -159,7 +151,7 @@ def find_file(name: str) -> Path:
     path = Path(root, inner)
     # As `list_files` writes it: below the folder, without ways up. Links below it are the user's own.
     written = inner == os.path.normpath(inner).replace(os.sep, "/") and ".." not in inner.split("/")
-    if not (written and path.is_relative_to(root) and inner.endswith(SUFFIX) and path.is_file()):
+    if not (written and path.is_relative_to(root) and inner.lower().endswith(SUFFIX) and path.is_file()):
         raise ValueError(
             f"There is no tokens file {name!r} in ComfyUI's input or output folder. Save GPS Tokens writes such files; "
             "press R in the page to see new ones."

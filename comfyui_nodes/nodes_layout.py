@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from .images import from_image
-from .models import Progress
 from .nodes_codec import importance_inputs, num_tokens_input, partition_arguments
 from .nodes_texture import label_of, seeds
+from .progress import Progress
 from .sockets import GPSLayoutSocket, label_input, model_input, searched_as, seed_input, steps_input
 
 

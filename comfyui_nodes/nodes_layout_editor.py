@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.v0_0_2 import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
-from .sockets import GPSLayoutSocket, GPSTokensSocket, searched_as
+from .sockets import GPSLayoutSocket, GPSTokensSocket, searched_as, where_known
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,7 @@ class GPSLayoutEditor(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
+            **where_known(has_intermediate_output=True),  # shown again where the page was opened anew
         )
 
     @classmethod

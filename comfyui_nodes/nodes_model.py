@@ -27,7 +27,10 @@ class LoadGPSToken(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=list_models(),
-                    tooltip="gpstoken-mini encodes, generates and decodes. Single files only encode and decode.",
+                    tooltip=(
+                        "gpstoken-mini encodes, generates and decodes. Single files only encode and decode; the three "
+                        "released ones, gpstoken_s64, m128 and l256, are downloaded when they are first used."
+                    ),
                 ),
                 io.Combo.Input(
                     "dtype",

@@ -8,7 +8,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy_api.v0_0_2 import io
 
 from .images import fitting_mask, given_mask, image_to_pil, to_image
-from .models import Progress
+from .progress import Progress
 from .sockets import (
     SAMPLERS,
     GPSLayoutSocket,

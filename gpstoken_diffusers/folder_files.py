@@ -20,10 +20,12 @@ class FoundFiles:
     Attributes:
         files: name -> path, sorted by the parts of the name.
         skipped: name of a file or folder that was left out -> why.
+        folders: names of the folders that were searched; the first is "".
     """
 
     files: dict[str, Path]
     skipped: dict[str, str]
+    folders: tuple[str, ...] = ()
 
     def skipped_lines(self) -> Iterator[str]:
         """A line for each reason: how many were left out, and the first of their names."""
@@ -95,7 +97,8 @@ def find_files(
             if reason is not None:
                 skipped[below] = reason
         waiting += reversed(folders)
-    return FoundFiles(dict(sorted(files.items(), key=_parts)), dict(sorted(skipped.items(), key=_parts)))
+    searched = tuple(seen.values())
+    return FoundFiles(dict(sorted(files.items(), key=_parts)), dict(sorted(skipped.items(), key=_parts)), searched)
 
 
 def is_ignored(name: str) -> bool:

@@ -60,10 +60,19 @@ class ComfyUIPage:
         server: the server whose page to open.
         node: id of a node that must be there before the page counts as ready.
         size: width and height of the window.
+        settings: of the page, beside those that all have.
     """
 
-    def __init__(self, browser: Browser, server: ComfyUIServer, node: str, size: tuple[int, int] = (1600, 1000)):
+    def __init__(
+        self,
+        browser: Browser,
+        server: ComfyUIServer,
+        node: str,
+        size: tuple[int, int] = (1600, 1000),
+        settings: dict[str, Any] | None = None,
+    ):
         self.browser, self.server, self.node, self.size = browser, server, node, size
+        self.settings = settings or {}
         self.page: Page | None = None
 
     def __enter__(self) -> ComfyUIPage:
@@ -81,9 +90,12 @@ class ComfyUIPage:
     # ---- opening ----
 
     def open(self, query: str = "") -> None:
-        """Opens the page anew, as in a browser that has never been there: the workflow of before is gone."""
+        """Opens the page anew, as in a browser that has never been there: the workflow of before is gone.
+
+        `untouched` is whether no workflow has been opened since.
+        """
         self.close()
-        self.server.post_json("/settings", _SETTINGS)
+        self.server.post_json("/settings", _SETTINGS | self.settings)
         width, height = self.size
         self.page = self.browser.new_context(viewport={"width": width, "height": height}).new_page()
         self.page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
@@ -95,6 +107,7 @@ class ComfyUIPage:
         self.page.goto(f"{self.server.address}/{query}", wait_until="domcontentloaded", timeout=_LOAD_SECONDS * 1000)
         self._wait(_READY, self.node, _LOAD_SECONDS, f"the page should be ready and know the node {self.node}")
         self.evaluate(_WATCH)
+        self.untouched = True
 
     def open_template(self, name: str, source: str) -> None:
         """Opens the page anew with a workflow template, as the link of a template does.
@@ -110,7 +123,7 @@ class ComfyUIPage:
 
     def open_workflow(self, path: Path | str) -> None:
         """Opens a workflow file in the page that is open: JSON of either format, or a picture that carries one."""
-        path = Path(path)
+        path, self.untouched = Path(path), False
         self.evaluate("() => app.graph.clear()")
         self.page.set_input_files("#comfy-file-input", path)
         if path.suffix == ".json":
@@ -191,6 +204,7 @@ class ComfyUIPage:
         known = "types => types.filter(type => !LiteGraph.registered_node_types[type])"
         if missing := self.evaluate(known, _node_types(workflow)):
             raise ValueError(f"the workflow needs nodes that the page does not know: {', '.join(missing)}")
+        self.untouched = False
         self.evaluate("async workflow => { await app.loadApiJson(workflow, 'workflow') }", workflow)
         self._wait_for_nodes(_node_types(workflow), "the API workflow")
         return self.ui_workflow()

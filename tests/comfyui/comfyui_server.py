@@ -52,6 +52,7 @@ class ComfyUIServer(ComfyUIClient):
             None: they do not.
         nodes: further files for custom_nodes: path and text.
         frontend: a folder with another version of ComfyUI's page; None serves the version that came with the server.
+        beside: a server that runs, whose installation and folders this one shares: no installing, which takes longest.
 
     Attributes:
         base: the folder with custom_nodes, input, models, output, temp and user.
@@ -68,8 +69,10 @@ class ComfyUIServer(ComfyUIClient):
         way: Literal["clone", "pip"] | None,
         nodes: Mapping[str, str] | None = None,
         frontend: Path | None = None,
+        beside: ComfyUIServer | None = None,
     ):
-        self.install, self.way, self.nodes, self.frontend = install, way, nodes or {}, frontend
+        self.install, self.way, self.nodes = install, way, nodes or {}
+        self.frontend, self.beside = frontend, beside
         self.folder = self.process = None
 
     def __enter__(self) -> ComfyUIServer:
@@ -115,6 +118,9 @@ class ComfyUIServer(ComfyUIClient):
     # ---- our nodes ----
 
     def _prepare(self) -> None:
+        if self.beside is not None:
+            self.python, self.base, self.node_folder = self.beside.python, self.beside.base, self.beside.node_folder
+            return
         self.python = self.install.make_environment(self.folder / "venv")
         self.base = self.folder / "base"
         for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
@@ -162,9 +168,10 @@ class ComfyUIServer(ComfyUIClient):
             port = free.getsockname()[1]
         super().__init__(f"http://127.0.0.1:{port}")
         command = [self.python, "-u", "main.py", "--cpu", "--port", port, "--listen", "127.0.0.1"]
-        command += ["--base-directory", self.base, "--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
-        command += ["--disable-api-nodes", "--disable-auto-launch", "--preview-method", "auto"]
+        command += ["--base-directory", self.base, "--database-url", f"sqlite:///{self.folder / 'comfyui.db'}"]
+        command += ["--temp-directory", self.folder]  # each server empties its own when it starts
         command += ["--front-end-root", self.frontend] if self.frontend else []
+        command += ["--disable-api-nodes", "--disable-auto-launch", "--preview-method", "auto"]
         with open(self.folder / "server.log", "wb") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command],

@@ -15,7 +15,14 @@ from typing import Any, NoReturn
 import pytest
 
 from comfyui.comfyui_server import ComfyUIServer
-from comfyui.fetch_comfyui import ServerInstall, Unobtainable, ensure_server, find_chromium
+from comfyui.fetch_comfyui import ServerInstall, Unobtainable, ensure_newest_page, ensure_server, find_chromium
+
+# Settings of the pages that people have: the server's own, and the newest, in which desktops have Nodes 2.0.
+PAGES = {
+    "own page": {"Comfy.VueNodes.Enabled": False},
+    "newest page": {"Comfy.VueNodes.Enabled": False},
+    "newest page, Nodes 2.0": {"Comfy.VueNodes.Enabled": True},
+}
 
 OUR_NODE = "GPSEncode"  # a page of a server with our nodes is ready when it knows this one
 
@@ -64,10 +71,10 @@ NODE_CLASS_MAPPINGS = dict(LoadedModels=LoadedModels)  # ComfyUI-Manager looks f
 """
 
 
-def _server(install: ServerInstall, way: str, page: Path | None = None) -> Iterator[ComfyUIServer]:
+def _server(install: ServerInstall, way: str) -> Iterator[ComfyUIServer]:
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(ComfyUIServer(install, way, {"probe/__init__.py": PROBE}, page))
+            server = stack.enter_context(ComfyUIServer(install, way, {"probe/__init__.py": PROBE}))
         except Unobtainable as error:
             missing(f"the nodes cannot be installed for ComfyUI: {error}")
         yield server
@@ -80,6 +87,13 @@ def comfyui_clone(server_install) -> Iterator[ComfyUIServer]:
 
 
 @pytest.fixture(scope="package")
+def comfyui_newest_page(server_install, comfyui_clone) -> Iterator[ComfyUIServer]:
+    """Another server with this checkout, which serves the newest page."""
+    with ComfyUIServer(server_install, "clone", frontend=ensure_newest_page(), beside=comfyui_clone) as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
 def comfyui_pip(server_install) -> Iterator[ComfyUIServer]:
     """A server with the wheel of this checkout installed, and what our own command puts into custom_nodes."""
     yield from _server(server_install, "pip")
@@ -87,7 +101,10 @@ def comfyui_pip(server_install) -> Iterator[ComfyUIServer]:
 
 @pytest.fixture(scope="package")
 def open_page() -> Iterator[Callable[..., Any]]:
-    """Opens the page of a server: `open_page(server, node)` gives a `ComfyUIPage`, closed after the last test."""
+    """Opens the page of a server: `open_page(server, node)` gives a `ComfyUIPage`, closed after the last test.
+
+    `version` is one of `PAGES`, and the server must be one that serves it.
+    """
     try:
         from comfyui.comfyui_page import ComfyUIPage, open_browser
     except ModuleNotFoundError as error:
@@ -96,12 +113,21 @@ def open_page() -> Iterator[Callable[..., Any]]:
         missing("the page needs Chromium: install it, or set GPSTOKEN_CHROMIUM to a Chromium or Chrome")
     with ExitStack() as stack:
         browser = stack.enter_context(open_browser(chromium))
-        yield lambda server, node: stack.enter_context(ComfyUIPage(browser, server, node))
+
+        def open_page(server, node, version="own page"):
+            return stack.enter_context(ComfyUIPage(browser, server, node, settings=PAGES[version]))
+
+        yield open_page
 
 
 @pytest.fixture(scope="package")
 def comfyui_page_clone(comfyui_clone, open_page):
     return open_page(comfyui_clone, OUR_NODE)
+
+
+@pytest.fixture(scope="package")
+def comfyui_page_newest(comfyui_newest_page, open_page):
+    return open_page(comfyui_newest_page, OUR_NODE, "newest page")
 
 
 @pytest.fixture(scope="package")

@@ -95,7 +95,8 @@ class Editor:
         return self.page.page.locator(".gps-layout canvas")
 
     def open(self, graph) -> None:
-        self.page.open()
+        if not self.page.untouched:
+            self.page.open()
         self.page.ui_workflow_from_api(graph)
         self.look()
 

@@ -27,11 +27,14 @@ from comfyui.comfyui_server import ComfyUIServer  # noqa: E402
 from comfyui.fetch_comfyui import ensure_server, find_chromium  # noqa: E402
 
 WORKFLOWS = ROOT / "example_workflows"
+PARTS = ROOT / "subgraphs"
 MINI = "gpstoken-mini (shipped)"
 PICTURE_PX = 384
 
 # In the page's units: a node's title takes 30 above its position.
 GAP = 70.0
+# Nodes 2.0 are up to 50 higher than the classic ones, and GPS Encode shows a line of text when it has run.
+GAP_BELOW = 140.0
 NOTE_HEIGHT = 180.0
 SMALLEST = {
     "PreviewImage": (400, 420),
@@ -41,6 +44,16 @@ SMALLEST = {
     "GPSExampleImage": (320, 0),
     "SolidMask": (320, 0),
 }
+
+# By which the page offers a model that a workflow names and that is not there.
+RELEASES = [
+    {
+        "name": f"gpstoken_{preset}.safetensors",
+        "url": f"https://huggingface.co/xtudbxk/GPSToken/resolve/main/gpstoken_{preset}.safetensors",
+        "directory": "gpstoken",
+    }
+    for preset in ("s64", "m128", "l256")
+]
 
 Workflow = dict[str, dict[str, Any]]
 
@@ -68,19 +81,22 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
     load = {"model": node("LoadGPSToken", model_name=MINI, dtype="auto")}
     sampling = {"steps": 20, "sampler": "unipc", "guidance": 3.0, "guidance_start": 0.0, "guidance_end": 1.0}
     importance = {"importance_strength": 4.0}
+    encoding = importance | {"memory_gb": 0.0}
     model = ("model", 0)
 
     def example(picture: str) -> dict[str, Any]:
         return node("GPSExampleImage", picture=picture)
 
     def decode(tokens: tuple[str, int]) -> dict[str, Any]:
-        return node("GPSDecode", model=model, tokens=tokens, width=0, height=0, scaling="resample", tiling="auto")
+        return node(
+            "GPSDecode", model=model, tokens=tokens, width=0, height=0, scaling="resample", tiling="auto", memory_gb=0.0
+        )
 
     def preview(images: tuple[str, int], title: str = "") -> dict[str, Any]:
         return node("PreviewImage", title, images=images)
 
     def encode(image: str, num_tokens: int, **others: Any) -> dict[str, Any]:
-        return node("GPSEncode", model=model, image=(image, 0), num_tokens=num_tokens, **importance | others)
+        return node("GPSEncode", model=model, image=(image, 0), num_tokens=num_tokens, **encoding | others)
 
     return {
         "1_reconstruct": (
@@ -230,6 +246,50 @@ def workflows() -> dict[str, tuple[str, Workflow]]:
     }
 
 
+def parts() -> dict[str, tuple[Workflow, list[str], list[tuple[str, str]]]]:
+    """Name -> (workflow, keys of the nodes that become one, their widgets that it shows).
+
+    What other nodes give to those, and take from them, become the part's inputs and outputs.
+    """
+    described = workflows()
+    generate = described["3_generate"][1]
+    shown = [("layout", "batch_size"), ("layout", "seed")]
+    shown += [("tokens", name) for name in ("label", "seed", "steps", "guidance")]
+    return {
+        "GPS Reconstruct": (
+            described["1_reconstruct"][1],
+            ["model", "tokens", "decoded"],
+            [("model", "model_name"), ("tokens", "num_tokens")],
+        ),
+        "GPS Generate": (generate, ["model", "layout", "tokens", "decoded"], shown),
+    }
+
+
+# The page's own way to make one node of several; then the node alone, as the page publishes a part.
+_MAKE_PART = """([name, members, shown]) => {
+    const nodes = new Set(members.map((id) => app.graph.getNodeById(id)));
+    const {node, subgraph} = app.graph.convertToSubgraph(nodes);
+    node.title = subgraph.name = name;
+    node.properties.proxyWidgets = shown.map(([id, widget]) => [String(id), widget]);
+    node.pos = [0, 0];
+    const whole = app.graph.serialize(), one = whole.nodes.find(({id}) => id === node.id);
+    one.id = 1;
+    one.inputs?.forEach((slot) => { slot.link = null; });
+    one.outputs?.forEach((slot) => { slot.links = []; });
+    const definitions = {subgraphs: whole.definitions.subgraphs.filter(({id}) => id === subgraph.id)};
+    return {revision: 0, last_node_id: 1, last_link_id: 0, nodes: [one], links: [], version: 0.4, definitions};
+}"""
+
+
+def make_part(page: ComfyUIPage, name: str) -> dict[str, Any]:
+    """A part as a workflow file of one node, whose definition holds the others."""
+    described, members, shown = parts()[name]
+    workflow, numbers = numbered(described)
+    page.ui_workflow_from_api(workflow)
+    places = [[int(numbers[key]), widget] for key, widget in shown]
+    return page.evaluate(_MAKE_PART, [name, [int(numbers[key]) for key in members], places])
+
+
 def numbered(workflow: Workflow) -> tuple[Workflow, dict[str, str]]:
     """The workflow with numbers for keys, as workflow files have them, and which number each key became."""
     numbers = {key: str(number) for number, key in enumerate(workflow, start=1)}
@@ -263,15 +323,17 @@ def arrange(graph: dict[str, Any], text: str) -> dict[str, Any]:
         columns.setdefault(depth(number), []).append(number)
     left = 0.0
     for column in sorted(columns):
-        top = NOTE_HEIGHT + GAP if column == 0 else 0.0
+        top = NOTE_HEIGHT + GAP_BELOW if column == 0 else 0.0
         members = sorted(columns[column], key=lambda number: (height_of_sources(number), number))
         for number in members:
             width, height = map(max, nodes[number]["size"], SMALLEST.get(nodes[number]["type"], (0, 0)))
             nodes[number].update(pos=[left, top], size=[width, height])
+            if nodes[number]["type"] == "LoadGPSToken":
+                nodes[number].setdefault("properties", {})["models"] = RELEASES
             # The page's own choice, randomize, would run everything anew on each Queue.
             values = ["fixed" if value == "randomize" else value for value in nodes[number].get("widgets_values", [])]
             nodes[number]["widgets_values"] = values
-            top += height + GAP
+            top += height + GAP_BELOW
         left += max(nodes[number]["size"][0] for number in members) + GAP
     note = {
         "id": max(nodes) + 1,
@@ -322,6 +384,7 @@ def square(pictures: list[Image.Image]) -> Image.Image:
 
 def main() -> None:
     WORKFLOWS.mkdir(exist_ok=True)
+    PARTS.mkdir(exist_ok=True)
     with ComfyUIServer(ensure_server(), "clone") as server, open_browser(find_chromium()) as browser:
         with ComfyUIPage(browser, server, "GPSEncode") as page:
             for name, (text, described) in workflows().items():
@@ -332,6 +395,10 @@ def main() -> None:
                 keys, part = THUMBNAILS.get(name, (("picture",), None))
                 shown = [one.crop(part) if part else one for key in keys for one in pictures[numbers[key]]]
                 square(shown).save(WORKFLOWS / f"{name}.jpg", quality=88)
+                print(name)
+            for name in parts():
+                text = json.dumps(make_part(page, name), indent=1) + "\n"
+                (PARTS / f"{name}.json").write_text(text, encoding="utf-8")
                 print(name)
 
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from comfyui.comfyui_page import ComfyUIPage, open_browser  # noqa: E402
 from comfyui.comfyui_server import ComfyUIServer  # noqa: E402
-from comfyui.fetch_comfyui import ensure_server, find_chromium  # noqa: E402
+from comfyui.fetch_comfyui import ensure_newest_page, ensure_server, find_chromium  # noqa: E402
 from comfyui.make_example_workflows import MINI, WORKFLOWS, Workflow, box_mask, node  # noqa: E402
 
 HELP_PICTURES = ROOT / "comfyui_nodes" / "web" / "docs" / "pictures"
@@ -209,8 +209,9 @@ def _take(take: Callable[[str], Any], path: Path, largest: int) -> None:
 
 
 def main() -> None:
-    with ComfyUIServer(ensure_server(), "clone") as server:
+    with ComfyUIServer(ensure_server(), "clone", frontend=ensure_newest_page()) as server:
         make_help_pictures(server)
+        server.post_json("/settings", {"Comfy.VueNodes.Enabled": True})  # Nodes 2.0
         print(f"{HELP_PICTURES}: {len(list(HELP_PICTURES.iterdir()))} pictures")
         with open_browser(find_chromium()) as browser, ComfyUIPage(browser, server, "GPSEncode", WINDOW) as page:
             take_screenshots(page)

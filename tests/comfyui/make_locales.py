@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Writes locales/en/nodeDefs.json anew from the nodes' schemas, and says what the other languages lack.
+"""Writes locales/en/nodeDefs.json and node_list.json anew from the nodes' schemas; says what other languages lack.
 
     python tests/comfyui/make_locales.py
 
 ComfyUI serves locales/<language>/ to its page, from the root of a folder in custom_nodes. Translations are written by
-hand; the tests compare their keys with the English ones.
+hand; the tests compare their keys with the English ones. ComfyUI-Manager reads node_list.json.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def our_nodes(object_info: dict[str, Any]) -> dict[str, Any]:
 def english(object_info: dict[str, Any]) -> dict[str, Any]:
     """What nodeDefs.json must hold in English for what a server says of our nodes."""
     return {name: _definition(found) for name, found in our_nodes(object_info).items()}
+
+
+def descriptions(definitions: dict[str, Any]) -> dict[str, str]:
+    """What node_list.json must hold: each node, and what it is for."""
+    return {name: found["description"] for name, found in definitions.items()}
 
 
 def _definition(found: dict[str, Any]) -> dict[str, Any]:
@@ -71,6 +76,8 @@ def main() -> None:
         definitions = english(server.object_info())
     text = json.dumps(definitions, indent=2, ensure_ascii=False) + "\n"
     (LOCALES / "en" / "nodeDefs.json").write_text(text, encoding="utf-8")
+    text = json.dumps(descriptions(definitions), indent=2, ensure_ascii=False) + "\n"
+    (LOCALES.parent / "node_list.json").write_text(text, encoding="utf-8")
     for language in LANGUAGES:
         for path in sorted(paths(definitions).keys() ^ paths(read(language, "nodeDefs.json")).keys()):
             print(f"{language}: missing, or of no node any more: {path}")

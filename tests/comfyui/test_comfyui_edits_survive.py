@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from comfyui.conftest import PAGES
 from comfyui.layout_editor_page import LOOK_AT
 
 UNDO, REDO = (f"() => app.extensionManager.workflow.activeWorkflow.changeTracker.{name}()" for name in ("undo", "redo"))
@@ -24,27 +25,18 @@ TO_SUBGRAPH = """() => {
 }"""
 INTO_SUBGRAPH = "() => app.canvas.setGraph([...app.graph.subgraphs.values()][0])"
 COMMAND = "name => app.extensionManager.command.execute(name)"
-SETTLE_MS = 1500  # what erased edits came some frames after the node
+# What erased edits came some frames after the node.
+FRAMES = """async () => {
+    for (let frame = 0; frame < 40; frame++) await new Promise((done) => requestAnimationFrame(done));
+}"""
 
 
-@pytest.fixture(scope="package")
-def newest_page(server_install):
-    """A server with the checkout that serves the newest page."""
-    from comfyui.conftest import _server
-    from comfyui.fetch_comfyui import ensure_newest_page
-
-    yield from _server(server_install, "clone", ensure_newest_page())
-
-
-@pytest.fixture(params=["own page", "newest page", "newest page, Nodes 2.0"])
+@pytest.fixture(params=PAGES)
 def any_editor(request, open_page):
     from comfyui.layout_editor_page import NODE, Editor
 
-    own = request.param == "own page"
-    server = request.getfixturevalue("comfyui_clone" if own else "newest_page")
-    if not own:
-        server.post_json("/settings", {"Comfy.VueNodes.Enabled": request.param.endswith("2.0")})
-    page = open_page(server, NODE)
+    server = request.getfixturevalue("comfyui_clone" if request.param == "own page" else "comfyui_newest_page")
+    page = open_page(server, NODE, request.param)
     yield from Editor(server, page).with_gaussians()
     page.close()
 
@@ -58,7 +50,7 @@ def test_no_edit_is_lost(any_editor, artefacts, tmp_path, request):
     page.screenshot(artefacts / f"edited, {request.node.callspec.id}.png", fit=False)
 
     def settle():
-        page.page.wait_for_timeout(SETTLE_MS)
+        page.evaluate(FRAMES)
 
     def look():
         page.evaluate(LOOK_AT)
@@ -98,7 +90,8 @@ def test_no_edit_is_lost(any_editor, artefacts, tmp_path, request):
             assert page.evaluate(ALL_EDITS) == [edits]
         path = tmp_path / "saved.json"
         path.write_text(json.dumps(page.ui_workflow()))
-        page.open()
+        if not wrap:
+            page.open()
         page.open_workflow(path)
         settle()
         if wrap:

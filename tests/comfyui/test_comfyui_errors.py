@@ -74,7 +74,7 @@ FAILURES = {
     "unknown sampler": (texture(sampler="magic"), r"sampler"),
     "guidance interval reversed": (
         texture(guidance_start=0.8, guidance_end=0.2),
-        r"guidance_interval is \(first, last\) with 0 <= first <= last <= 1",
+        r"guidance_interval .*\(first, last\) with 0 <= first <= last <= 1",
     ),
     "denoise without tokens": (texture(denoise=0.5), r"denoise is 0.5, but no tokens to start from"),
     "mask without tokens": (

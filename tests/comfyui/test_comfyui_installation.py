@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -97,4 +98,28 @@ def test_requirements_leave_torch_alone():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     bounds = set(project["project"]["dependencies"])
     assert {line for line in lines if not line.startswith(("cmake", "ninja"))} <= bounds
+    # What ComfyUI's registry requires, and what it shows.
     assert {"PublisherId", "DisplayName", "Icon", "requires-comfyui"} <= set(project["tool"]["comfy"])
+    repository = project["project"]["urls"]["Repository"]
+    icon = project["tool"]["comfy"]["Icon"]
+    assert re.fullmatch(r"https://github.com/[\w-]+/[\w-]+", repository)
+    assert icon.startswith(repository.replace("//github.com", "//raw.githubusercontent.com") + "/main/")
+    assert (ROOT / icon.partition("/main/")[2]).is_file()
+
+
+# What ComfyUI-Manager's scanner reads as the registration of nodes, in any Python file of the repository.
+REGISTERED = re.compile(
+    r"_CLASS_MAPPINGS\s*(:\s*\w+\s*)?=\s*(\\\s*)?{|_CLASS_MAPPINGS\[[\"']|\(\w*\.?ComfyNode\):|register_node\(\""
+)
+
+
+def test_a_scanner_of_the_text_finds_our_nodes_and_no_others():
+    names = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
+    names = [name for name in names if not re.search(r"(^|/)(\.|build)", name.as_posix())]
+    files = {name.as_posix(): (ROOT / name).read_text(encoding="utf-8") for name in names}
+    own = {name for name, text in files.items() if REGISTERED.search(text)}
+    assert {name.split("/")[0] for name in own} == {"comfyui_nodes"}
+    found = [node for name in own for node in re.findall(r'node_id="(\w+)"', files[name])]
+    listed = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
+    assert sorted(found) == sorted(listed) and len(found) >= 17
+    assert re.search("^@title: GPSToken$", files["__init__.py"], re.M)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from local_hub import LocalHub, write_released
 
 from gpstoken_diffusers import GPSTokenImageProcessor
+from gpstoken_diffusers.models.hub_files import RELEASES
 from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS
 
 SHIPPED = "gpstoken-mini (shipped)"
@@ -107,6 +110,71 @@ def test_a_name_from_another_node_is_looked_up_when_it_is_there(here):
     assert here.LoadGPSToken.fingerprint_inputs(model_name=None, dtype=None) != before
     with pytest.raises(ValueError, match="There is no model 'y'"):
         run(here.LoadGPSToken, model_name="y")
+
+
+# ---- lists of files ----
+
+
+def write_model(folder, name="model_index.json"):
+    folder.mkdir(parents=True)
+    (folder / name).write_text("{}")
+    (folder / "part.safetensors").touch()
+
+
+def test_models_behind_links_and_in_every_root_are_listed(here, monkeypatch):
+    first, second, elsewhere = (here.folder / name for name in ("models", "second", "elsewhere"))
+    write_model(first / "own")
+    write_model(first / "own" / "autoencoder", "config.json")  # a part of it
+    write_model(elsewhere / "linked")
+    write_model(elsewhere / "deep" / "tokenizer", "config.json")
+    write_model(second / "other", "config.json")
+    (elsewhere / "single.safetensors").touch()
+    (first / "linked").symlink_to(elsewhere / "linked")
+    (first / "all").symlink_to(elsewhere / "deep")
+    (first / "single.safetensors").symlink_to(elsewhere / "single.safetensors")
+    for loop in ("loop", "again"):  # walked by their links, each would double the work of the other
+        (first / "own" / loop).symlink_to(first)
+    (first / "nowhere").symlink_to(first / "gone")
+    roots = ([str(first), str(second), str(here.folder / "not there")], set())
+    monkeypatch.setitem(here.models.folder_paths.folder_names_and_paths, here.models.FOLDER, roots)
+    started = time.monotonic()
+    names = [name for name in here.models.list_models()[1:] if name not in here.models.RELEASED]
+    assert names == ["all/tokenizer", "linked", "other", "own", "single.safetensors"]
+    assert time.monotonic() - started < 5
+    assert here.models.find_model("other") == second / "other"
+    assert here.models.find_model("all\\tokenizer") == first / "all" / "tokenizer"  # saved on Windows
+    before = here.LoadGPSToken.fingerprint_inputs(model_name="linked")
+    (elsewhere / "linked" / "part.safetensors").write_bytes(b"new")
+    assert here.LoadGPSToken.fingerprint_inputs(model_name="linked") != before
+
+
+def test_folders_are_searched_again_only_where_something_changed(here, monkeypatch):
+    searched = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: searched.append(str(path)) or scandir(path))
+    output, below = here.folder / "output", here.folder / "output" / "a" / "b"
+    below.mkdir(parents=True)
+    tokens_file(below / "x.safetensors")
+    for folder in (here.folder / "input", output, output / "a", below):
+        os.utime(folder, (1e9, 1e9))  # long ago
+    for _ in range(3):
+        schema = here.LoadGPSTokens.INPUT_TYPES()
+        assert here.LoadGPSTokens.validate_inputs(file="a/b/x.safetensors [output]") is True
+        here.LoadGPSTokens.fingerprint_inputs(file="a/b/x.safetensors [output]")
+        run(here.LoadGPSTokens, file="a/b/x.safetensors [output]")
+    assert schema["required"]["file"][1]["options"] == ["a/b/x.safetensors [output]"]
+    assert len(searched) == 4
+    # A new file, a new folder, and one that is gone are seen at once, however quickly they follow each other.
+    names = lambda: here.LoadGPSTokens.INPUT_TYPES()["required"]["file"][1]["options"]  # noqa: E731
+    for number in range(5):
+        (below / f"{number}.safetensors").touch()
+        assert f"a/b/{number}.safetensors [output]" in names()
+    (output / "c").mkdir()
+    assert len(names()) == 6
+    (output / "c" / "y.safetensors").touch()
+    assert "c/y.safetensors [output]" in names()
+    (below / "x.safetensors").unlink()
+    assert "a/b/x.safetensors [output]" not in names()
 
 
 # ---- what ComfyUI was started with ----
@@ -355,8 +423,58 @@ def test_newer_versions_find_the_nodes_by_other_words(here, monkeypatch):
     from gpstoken_diffusers.comfyui_nodes import extension
 
     assert not any(hasattr(node.define_schema(), "search_aliases") for node in extension.NODES)  # 0.3.75 has none
-    newer = make_dataclass("Schema", [("search_aliases", list, None)], bases=(here.io.Schema,))
+    fields = [("search_aliases", list, None), ("has_intermediate_output", bool, False)]
+    newer = make_dataclass("Schema", fields, bases=(here.io.Schema,))
     monkeypatch.setattr(here.io, "Schema", newer)
+    assert here.GPSLayoutEditor.define_schema().has_intermediate_output  # shown again after a page was opened anew
     words = {node.__name__: node.define_schema().search_aliases for node in extension.NODES}
     assert all({"gaussian", "splat", "tokenizer"} <= set(found) for found in words.values())
     assert {name for name, found in words.items() if "vae" in found} == {"LoadGPSToken", "GPSEncode", "GPSDecode"}
+
+
+# ---- released tokenizers ----
+
+
+@pytest.fixture
+def hub(here, tmp_path, monkeypatch):
+    hub = LocalHub(tmp_path / "hub")
+    folder = hub.root / "xtudbxk" / "GPSToken"
+    folder.mkdir(parents=True)
+    write_released(folder / "gpstoken_s64.safetensors", "s64")
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    yield hub
+    hub.close()
+
+
+def test_released_tokenizers_are_offered_and_downloaded_when_first_used(here, hub):
+    from gpstoken_diffusers.comfyui_nodes import downloads
+
+    assert {f"gpstoken_{preset}.safetensors" for preset in RELEASES} == downloads.RELEASED.keys()
+    assert set(downloads.RELEASED) < set(here.models.list_models())
+    name, folder = "gpstoken_s64.safetensors", here.folder / "models"
+    before = here.LoadGPSToken.fingerprint_inputs(model_name=name)
+    assert here.LoadGPSToken.validate_inputs(model_name=name) is True
+    # Cancel ends it within a moment, and leaves no file that looks whole.
+    listen(here, then=here.memory.interrupt_current_processing)
+    with pytest.raises(here.memory.InterruptProcessingException):
+        run(here.LoadGPSToken, model_name=name)
+    assert not (folder / name).exists()
+    reports = listen(here)
+    model = run(here.LoadGPSToken, model_name=name, dtype="bfloat16").args[0]
+    assert model.patcher.model.network.config.sample_size == 256 and name in str(model)
+    assert [path.name for path in folder.iterdir()] == [name]
+    shares = [value / total for value, total, _ in reports]
+    assert shares == sorted(shares)
+    assert (
+        here.models.list_models().count(name) == 1 and here.LoadGPSToken.fingerprint_inputs(model_name=name) == before
+    )
+    downloaded = list(hub.downloaded)
+    run(here.LoadGPSToken, model_name=name, dtype="bfloat16")
+    assert hub.downloaded == downloaded
+
+
+def test_a_release_that_cannot_be_had_says_what_to_do(here, hub):
+    with pytest.raises(OSError, match=r"gpstoken_m128.safetensors is not in .*models and could not be downloaded. No "):
+        run(here.LoadGPSToken, model_name="gpstoken_m128.safetensors")
+    assert "gpstoken_m128.safetensors" not in [path.name for path in (here.folder / "models").iterdir()]

@@ -13,6 +13,7 @@ from comfyui.comfyui_server import NODE_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+PARTS = sorted((ROOT / "subgraphs").glob("*.json"))
 DOCS = ROOT / "comfyui_nodes" / "web" / "docs"
 
 _PICTURES_LOADED = """([selector, count]) => {
@@ -49,13 +50,15 @@ def test_example_workflow_runs(comfyui_page_clone, artefacts, path):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_nodes_of_example_workflow_do_not_overlap(path):
     title = 30  # pixels above a node's position
+    taller = 80  # at most, in Nodes 2.0, with the line of text that GPS Encode shows
     boxes = [
         (*one["pos"], one["pos"][0] + one["size"][0], one["pos"][1] + one["size"][1])
         for one in json.loads(path.read_text(encoding="utf-8"))["nodes"]
     ]
     for place, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[:place]:
-            apart = right <= other[0] or other[2] <= left or bottom <= other[1] - title or other[3] <= top - title
+            apart = right <= other[0] or other[2] <= left or bottom + taller <= other[1] - title
+            apart = apart or other[3] + taller <= top - title
             assert apart, f"{(left, top, right, bottom)} and {other}"
 
 
@@ -74,6 +77,69 @@ def test_templates_dialog_shows_our_workflows_with_pictures(comfyui_page_clone, 
     page.page.wait_for_function(
         "() => app.graph.nodes.some(node => node.type === 'GPSEncode')", timeout=30_000, polling=100
     )
+    assert page.errors == []
+
+
+# ---- parts and files ----
+
+# What is outside of a part: an example picture before it where it takes one, a preview after it.
+_AROUND_PART = """() => {
+    const [part] = app.graph.nodes;
+    const beside = (type, place) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = [place, 0];
+        app.graph.add(node);
+        return node;
+    };
+    const input = part.findInputSlot("image");
+    if (input >= 0) beside("GPSExampleImage", -500).connect(0, part, input);
+    part.connect(part.findOutputSlot("image"), beside("PreviewImage", 500), 0);
+    return part.widgets.map(({name}) => name);
+}"""
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
+def test_a_part_is_offered_and_runs(comfyui_page_newest, path):
+    page = comfyui_page_newest
+    offered = page.server.get_json("/global_subgraphs").values()
+    assert path.stem in [one["name"] for one in offered if one["info"]["node_pack"] == f"custom_nodes.{NODE_FOLDER}"]
+    page.open()
+    page.open_workflow(path)
+    shown = page.evaluate(_AROUND_PART)  # widgets of the part, which older pages hide inside
+    expected, size = {
+        "GPS Generate": ({"batch_size", "label", "seed", "steps", "guidance"}, (256, 256)),
+        "GPS Reconstruct": ({"model_name", "num_tokens"}, (768, 512)),
+    }[path.stem]
+    assert expected <= set(shown)
+    (pictures,) = page.server.images(page.queue_and_wait(timeout=180)).values()
+    assert {one.size for one in pictures} == {size}
+    assert page.errors == []
+
+
+def test_tokens_of_this_computer_are_uploaded(comfyui_page_clone, tmp_path):
+    from gpstoken_diffusers import GPSTokenImageProcessor
+    from gpstoken_diffusers.assets import EXAMPLE_PICTURES
+
+    page, path = comfyui_page_clone, tmp_path / "from elsewhere.safetensors"
+    GPSTokenImageProcessor().layout(GPSTokenImageProcessor.load_image(EXAMPLE_PICTURES["duck"]), num_tokens=16).save(
+        path
+    )
+    page.open()
+    graph = {
+        "1": {"class_type": "LoadGPSTokens", "inputs": {}},
+        "2": {"class_type": "GPSVisualize", "inputs": {"tokens": ["1", 0], "style": "ellipses"}},
+        "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
+    }
+    page.ui_workflow_from_api(graph)
+    widget = "app.graph.nodes.find(node => node.type === 'LoadGPSTokens').widgets.find(({name}) => name === '%s')"
+    with page.page.expect_file_chooser() as chosen:
+        page.evaluate(f"() => {widget % 'upload'}.callback()")
+    chosen.value.set_files(path)
+    name = path.name
+    page.page.wait_for_function(f"name => {widget % 'file'}.value === name", arg=name, timeout=30_000, polling=100)
+    assert page.server.images(page.queue_and_wait())["3"][0].size == (256, 256)
+    (node,) = (node for node in page.ui_workflow()["nodes"] if node["type"] == "LoadGPSTokens")
+    assert node["widgets_values"] == [name]  # the button has no value
     assert page.errors == []
 
 
@@ -124,6 +190,8 @@ def test_english_is_that_of_the_schemas(nodes):
     assert make_locales.read("en", "nodeDefs.json") == make_locales.english(nodes), (
         "python tests/comfyui/make_locales.py writes it anew"
     )
+    listed = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
+    assert listed == make_locales.descriptions(make_locales.english(nodes))
 
 
 @pytest.mark.parametrize("language", make_locales.LANGUAGES)
@@ -150,8 +218,9 @@ def test_translations_differ_from_english(language):
 
 
 @pytest.mark.parametrize("language", [language for language in make_locales.LANGUAGES if language != "en"])
-def test_page_speaks_each_language(comfyui_page_clone, artefacts, language):
-    page = comfyui_page_clone
+def test_page_speaks_each_language(comfyui_page_newest, artefacts, language):
+    """In the page of 0.3.75, texts of its own that it loads late take the place of all packs' Chinese ones."""
+    page = comfyui_page_newest
     expected = make_locales.read(language, "nodeDefs.json")["GPSDecode"]
     try:
         page.server.post_json("/settings", {"Comfy.Locale": language})

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from fresh_python import FreshPython, Raised
 from golden_files import golden
-from local_hub import LocalHub
+from local_hub import LocalHub, write_released
 from model_zoo import SMALL_CONFIG, load_golden, small_model
 from safetensors.torch import save_file
 
@@ -54,19 +53,6 @@ def load(hub, python, tmp_path):
 
     yield load
     hub.cut_after, hub.sends_etag = None, True
-
-
-def write_released(path: Path, preset: str) -> None:
-    """A file with the names, shapes and size of a released tokenizer, all zeros, which take no room on a disk."""
-    shapes = json.loads(golden(f"official_autoencoder_keys_{preset}.json").read_text())["keys"]
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
 
 
 @pytest.fixture(scope="module")
