@@ -26,11 +26,8 @@ def install(args: argparse.Namespace) -> int:
     nodes = Path(find_spec("gpstoken_diffusers.comfyui_nodes").origin).parent
     with replace_folder(target) as folder:
         shutil.copytree(nodes, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-        for name in (
-            "example_workflows",
-            "locales",
-            "subgraphs",
-        ):  # beside the nodes in a checkout, within them in a wheel
+        # Beside the nodes in a checkout, within them in a wheel.
+        for name in ("example_workflows", "locales", "subgraphs"):
             if (nodes.parent / name).is_dir():
                 shutil.copytree(nodes.parent / name, folder / name)
         (folder / VERSION_FILE).write_text(f"{__version__}\n", encoding="utf-8")
