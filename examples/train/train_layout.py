@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args, dataset)
     shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
-    shown.use_classes(dataset.id2label)
+    shown.validates(dataset)
     validation = LayoutLatents(shown, model) if args.validation_dir else None
 
     def draw_pictures(averaged: GPSTokenLayoutModel, step: int) -> None:

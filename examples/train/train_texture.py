@@ -82,7 +82,14 @@ def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTran
     if args.pretrained:
         residual = GPSTokenTransformerModel.load_config(args.pretrained)["geometry_residual"]
         statistics = latents_statistics(dataset, residual) if args.new_statistics else {}
-        return load_pretrained(GPSTokenTransformerModel, args.pretrained, len(dataset.id2label), **statistics)
+        model = load_pretrained(GPSTokenTransformerModel, args.pretrained, len(dataset.id2label), **statistics)
+        if model.config.texture_channels != dataset.texture_channels:
+            raise ValueError(
+                f"Expected a --pretrained model of {dataset.texture_channels} texture channels, as the tokens in "
+                f"{args.train_dir} have, got {args.pretrained} with {model.config.texture_channels}. Train a "
+                "fresh one, without --pretrained."
+            )
+        return model
     config = dict(MINI_CONFIG)
     if args.config:
         config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
@@ -114,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args, dataset)
     shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
-    shown.use_classes(dataset.id2label)
+    shown.validates(dataset)
     validation = TextureLatents(shown, model) if args.validation_dir else None
     autoencoder = AutoencoderGPSToken.from_pretrained(args.autoencoder)
 

@@ -283,6 +283,22 @@ class TokenDataset(Dataset):
             renumbered[label] = numbers[self.id2label[label]]
         self.labels, self.id2label = renumbered[self.labels], dict(id2label)
 
+    def validates(self, trained_on: TokenDataset) -> None:
+        """Become what a model is validated on that is trained on another dataset: classes are numbered as there.
+
+        Raises ValueError: tokens of another width, pictures of another size, or an item's class is not among those.
+        """
+        for what, found, wanted in (
+            ("texture channels", self.texture_channels, trained_on.texture_channels),
+            ("(height, width) in pixels", self.image_size, trained_on.image_size),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"Expected a --validation_dir with {wanted} {what}, as {trained_on.folder} has, got {self.folder} "
+                    f"with {found}. Encode both with one tokenizer."
+                )
+        self.use_classes(trained_on.id2label)
+
     def check_autoencoder(self, folder: str | os.PathLike) -> str:
         """See that a tokenizer can decode these tokens.
 

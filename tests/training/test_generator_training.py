@@ -36,7 +36,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "train"
 
 
 def made_up_dataset(
-    folder: Path, names: tuple[str, ...] = ("calm", "loud"), count: int = 12, settings: dict | None = None
+    folder: Path,
+    names: tuple[str, ...] = ("calm", "loud"),
+    count: int = 12,
+    settings: dict | None = None,
+    channels: int = 4,
 ) -> Path:
     """Tokens of classes whose textures differ, of pictures of 32 x 32 px in 6 tokens."""
     folder.mkdir()
@@ -44,7 +48,7 @@ def made_up_dataset(
     images = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
     initial = partition_image(images, 6).geometry
     label = torch.arange(count) % len(names)
-    texture = torch.randn(count, 6, 4, generator=generator) + 6 * label[:, None, None]
+    texture = torch.randn(count, 6, channels, generator=generator) + 6 * label[:, None, None]
     geometry = initial.clone()
     geometry[..., :2] *= 1.1
     tensors = {"initial_geometry": initial, "geometry": geometry, "texture": texture, "label": label}
@@ -256,6 +260,12 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
     train_texture = load_script(EXAMPLES / "train_texture.py")
     with pytest.raises(ValueError, match="with 4 texture channels, got .*wide with 8"):
         train_texture.main(["--train_dir", str(tokens), "--output_dir", "x", "--autoencoder", str(tmp_path / "wide")])
+    wide = made_up_dataset(tmp_path / "wide_tokens", channels=8)
+    line = ["--train_dir", wide, "--output_dir", "x", "--autoencoder", tmp_path / "wide"]
+    with pytest.raises(ValueError, match="of 8 texture channels, as .*wide_tokens have, got .*model with 4"):
+        train_texture.main([str(part) for part in (*line, "--pretrained", tmp_path / "model")])
+    with pytest.raises(ValueError, match="validation_dir with 8 texture channels, as .*wide_tokens has, got .* with 4"):
+        train_texture.main([str(part) for part in (*line, "--validation_dir", tokens)])
     # None of these folders holds an image processor's settings; what follows from the model takes their place.
     pipe = assemble(tmp_path / "out", **own)
     assert GPSTokenImageProcessor.from_pretrained(tmp_path / "out" / "autoencoder").tile_size == 32

@@ -180,56 +180,43 @@ def rewrite(path, **change):
     save_file(content, path, metadata={DATASET_FORMAT: json.dumps({**header, **change})})
 
 
-def damage(path, kind):
-    data = path.read_bytes()
-    if kind == "missing":
-        path.unlink()
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "truncated":
-        path.write_bytes(data[:-8])
-    elif kind == "noise":
-        path.write_bytes(b"\xff" * 100)
-    elif kind == "foreign":
-        save_file({"a": torch.zeros(2)}, path)
-    elif kind == "version":
-        rewrite(path, version=2)
-    elif kind == "settings":
-        rewrite(path, settings={"num_tokens": 6, "views": 3})
-    elif kind == "tokens":
-        write_shard(path, tensors(4, num_tokens=8), names(4), SETTINGS)
-    elif kind == "channels":
-        write_shard(path, tensors(4, channels=3), names(4), SETTINGS)
-    elif kind == "dtype":
-        write_shard(path, tensors(4, dtype=torch.float16), names(4), SETTINGS)
-    elif kind == "items":
-        write_shard(path, tensors(2), names(2), SETTINGS)
-    elif kind == "label":
-        write_shard(path, {**tensors(4), "label": torch.full((4,), 2)}, names(4), SETTINGS)
+def replace(**change):
+    return lambda path: write_shard(path, tensors(4, **change), names(4), SETTINGS)
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+OF_CLASS_2 = tensors(4) | {"label": torch.full((4,), 2)}
+# What happens to a shard of four items, and what is said of it.
 DAMAGES = {
-    "missing": (FileNotFoundError, "shard-00001.safetensors: this shard of the dataset is missing"),
-    "empty": (ValueError, "shard-00001.safetensors: the file is empty"),
-    "truncated": (ValueError, "shard-00001.safetensors: a truncated or damaged safetensors file"),
-    "noise": (ValueError, "shard-00001.safetensors: not a safetensors file"),
-    "foreign": (ValueError, "shard-00001.safetensors: a safetensors file, but no shard of a token dataset"),
-    "version": (ValueError, "shard-00001.safetensors: a shard of format version 2, but this program reads version 1"),
-    "settings": (ValueError, "shard-00001.safetensors: views is 3, not 2"),
-    "tokens": (ValueError, "shard-00001.safetensors: num_tokens is 8, not 6"),
-    "channels": (ValueError, "shard-00001.safetensors: texture_channels is 3, not 4"),
-    "dtype": (ValueError, "shard-00001.safetensors: texture_dtype is float16, not float32"),
-    "items": (ValueError, "shard-00001.safetensors: num_items is 2, not 4"),
-    "label": (ValueError, r"dataset.json: id2label lacks the items' classes \[2\]"),
+    "missing": (lambda path: path.unlink(), FileNotFoundError, "this shard of the dataset is missing"),
+    "empty": (lambda path: path.write_bytes(b""), ValueError, "the file is empty"),
+    "truncated": (cut, ValueError, "a truncated or damaged safetensors file"),
+    "noise": (lambda path: path.write_bytes(b"\xff" * 100), ValueError, "not a safetensors file"),
+    "foreign": (lambda path: save_file({"a": torch.zeros(2)}, path), ValueError, "but no shard of a token dataset"),
+    "version": (
+        lambda path: rewrite(path, version=2),
+        ValueError,
+        "format version 2, but this program reads version 1",
+    ),
+    "settings": (lambda path: rewrite(path, settings=SETTINGS | {"views": 3}), ValueError, "views is 3, not 2"),
+    "tokens": (replace(num_tokens=8), ValueError, "num_tokens is 8, not 6"),
+    "channels": (replace(channels=3), ValueError, "texture_channels is 3, not 4"),
+    "dtype": (replace(dtype=torch.float16), ValueError, "texture_dtype is float16, not float32"),
+    "items": (lambda path: write_shard(path, tensors(2), names(2), SETTINGS), ValueError, "num_items is 2, not 4"),
+    "label": (lambda path: write_shard(path, OF_CLASS_2, names(4), SETTINGS), ValueError, r"the items' classes \[2\]"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_shard_that_does_not_belong_is_named(tmp_path, kind):
     write(tmp_path, [3, 4])
-    damage(shard_path(tmp_path, 1), kind)
-    error, message = DAMAGES[kind]
-    with pytest.raises(error, match=message):
+    damage, error, message = DAMAGES[kind]
+    damage(shard_path(tmp_path, 1))
+    file = "dataset.json" if kind == "label" else "shard-00001.safetensors"
+    with pytest.raises(error, match=f"{file}: .*{message}"):
         TokenDataset(tmp_path)
 
 
@@ -237,8 +224,9 @@ def test_a_shard_that_does_not_belong_is_named(tmp_path, kind):
 def test_no_index_is_written_over_shards_that_do_not_fit(tmp_path, kind):
     write(tmp_path, [3, 4])
     (tmp_path / "dataset.json").unlink()
-    damage(shard_path(tmp_path, 1), kind)
-    with pytest.raises(DAMAGES[kind][0], match="shard-00001.safetensors"):
+    damage, error, _ = DAMAGES[kind]
+    damage(shard_path(tmp_path, 1))
+    with pytest.raises(error, match="shard-00001.safetensors"):
         write_index(tmp_path, 2, DESCRIPTION)
     assert not (tmp_path / "dataset.json").exists()
 
