@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
 done
 case $device in
     cpu) launch="python" ;;
-    cuda) launch="accelerate launch"; batch=16 ;;
+    cuda) launch="accelerate launch --mixed_precision bf16"; batch=16 ;;
     *) echo "--device must be cpu or cuda, got $device" >&2; exit 1 ;;
 esac
 [ ${#stages[@]} -gt 0 ] || stages=(data start coarse fine)
