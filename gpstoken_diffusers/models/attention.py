@@ -11,6 +11,8 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor, nn
 
+from ..ops.linear import run_linear
+
 MAX_TOKENS_OF_PRODUCTS = 512
 """Up to so many tokens [`attention_by_products`] is faster than a fused kernel on a CPU, see docs/speed.md."""
 HAS_BFLOAT16_PRODUCTS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -30,7 +32,7 @@ class TokenAttnProcessor:
         if torch.is_autocast_enabled(hidden_states.device.type):  # once, and not in each of the three layers
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (attn.heads, -1))
+            run_linear(projection, hidden_states).unflatten(-1, (attn.heads, -1))
             for projection in (attn.to_q, attn.to_k, attn.to_v)
         )
         if self._attention_backend is None and self._parallel_config is None and _suits_products(query):
@@ -39,7 +41,7 @@ class TokenAttnProcessor:
             mixed = dispatch_attention_fn(
                 query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
             )
-        return attn.to_out(mixed.flatten(2))
+        return run_linear(attn.to_out, mixed.flatten(2))
 
 
 def attention_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -101,6 +103,10 @@ class FeedForward(nn.Sequential):
             nn.GELU() if activation is None else activation,
             nn.Linear(hidden_features, out_features),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, activation, last = self
+        return run_linear(last, run_linear(first, x, activation))
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         # Group offloading takes slices; torch would make one by this class's constructor.

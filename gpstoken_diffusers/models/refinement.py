@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..geometry import GEOMETRY_CHANNELS, RHO, SIGMA, bounded
+from ..ops.linear import run_linear
 from ..ops.roi_align import roi_align
 from .attention import FeedForward, TokenAttention, autocast_disabled
 from .region_sizes import NUM_SIZES, size_weights, sized_linear
@@ -75,7 +76,7 @@ class PooledRegionReader(nn.Module):
         # may be quantised, offloaded, or have an adapter.
         pool_weight = F.pad(self.pool_weight, (0, 0, 0, 1)).to(cells.dtype)
         pooled = rearrange(torch.matmul(cells, pool_weight.T), "regions channels layers -> layers regions channels")
-        *embedded, bias = self.proj(pooled).split((len(self.pool_weight), 1))
+        *embedded, bias = run_linear(self.proj, pooled).split((len(self.pool_weight), 1))
         excess = (self.pool_weight.sum(1) - 1).to(bias.dtype)[:, None, None]
         return embedded[0] + (excess * bias[:, :1] + self.pool_bias.to(bias.dtype)[:, None, None])
 
@@ -93,7 +94,7 @@ class FlatRegionReader(nn.Module):
         self.proj = nn.Linear(channels * num_cells, hidden_size)
 
     def forward(self, cells: Tensor) -> Tensor:
-        return self.proj(cells.flatten(1))[None]
+        return run_linear(self.proj, cells.flatten(1))[None]
 
 
 class Float32Linear(nn.Linear):
