@@ -26,6 +26,7 @@ LEAST_ROWS = 16
 
 # Private to torch, which may lack it, or have been built without oneDNN.
 _OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_TYPES = (Tensor, nn.Parameter)
 _DTYPES = [torch.float32]
 if _OPERATOR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _DTYPES.append(torch.bfloat16)
@@ -59,16 +60,19 @@ def run_linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None)
 def _is_served(layer: nn.Module, x: Tensor) -> bool:
     if not _is_bare(layer, nn.Linear) or _has_any_global_hook() or not torch.backends.mkldnn.enabled:
         return False
-    tensors = [x, layer.weight] if layer.bias is None else [x, layer.weight, layer.bias]
-    return (
+    weight: Tensor = layer.weight
+    asks_gradients = False
+    for tensor in (x, weight) if layer.bias is None else (x, weight, layer.bias):
         # Quantised weights, and tensors that only stand for some while a graph is recorded, are of other types.
-        all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
-        and all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
-        and x.dtype in _DTYPES
+        if type(tensor) not in _TYPES or not tensor.is_cpu or tensor.dtype != x.dtype or tensor.layout != torch.strided:
+            return False
+        asks_gradients |= tensor.requires_grad
+    return (
+        x.dtype in _DTYPES
         and x.ndim > 1
-        and x.shape[-1] == layer.weight.shape[1]
+        and x.shape[-1] == weight.shape[1]
         and x.numel() >= LEAST_ROWS * x.shape[-1] > 0
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not (asks_gradients and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         # Derivatives that autograd does not record: `torch.func` and forward mode.
         and torch._C._functorch.peek_interpreter_stack() is None
