@@ -126,7 +126,7 @@ class RegionPicture(nn.Module):
 
     def forward(self, pixels: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         pictures, sizes = self.read(pixels, regions)
-        return self.proj(pictures), self.straight(pictures, sizes)
+        return run_linear(self.proj, pictures), self.straight(pictures, sizes)
 
     def read(self, pixels: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures of regions with their context (B, N, C cells^2), and weights of their sizes (B, N, sizes)."""
