@@ -72,12 +72,17 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         kwargs.pop("image_processor_type", None)
         super().__init__(**kwargs)
         for name, value in (("tile_size", tile_size), ("num_tokens", num_tokens), ("shortest_edge", shortest_edge)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not _is_integer(value) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-        self.shortest_edge, self.center_crop, self.tile_size = shortest_edge, center_crop, tile_size
-        self.num_tokens, self.min_region_size, self.entropy_exponent = num_tokens, min_region_size, entropy_exponent
+        if len(background) != 3 or not all(_is_integer(value) and 0 <= value <= 255 for value in background):
+            raise ValueError(
+                f"background must be three integers from 0 to 255, red, green and blue, got {background!r}."
+            )
+        # Python's own numbers, as JSON takes no others.
+        self.shortest_edge, self.center_crop = None if shortest_edge is None else int(shortest_edge), center_crop
+        self.tile_size, self.num_tokens, self.background = int(tile_size), int(num_tokens), [int(v) for v in background]
+        self.min_region_size, self.entropy_exponent = min_region_size, entropy_exponent
         self.partition_criterion = partition_criterion
-        self.background = list(background)
 
     @classmethod
     def for_autoencoder(cls, config: Any, **overrides: Any) -> Self:
@@ -274,6 +279,10 @@ def _unit_values(sample: Tensor) -> Tensor:
     return unit
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
@@ -310,10 +319,12 @@ def _planes(image: np.ndarray | Tensor) -> Tensor:
 def _check_unit_floats(values: Tensor, what: str) -> None:
     if not values.is_floating_point():
         raise TypeError(f"{what} must be uint8 in 0..255 or floats in [0, 1], got {values.dtype}.")
+    if values.isnan().any():
+        raise ValueError(f"Float {what} must lie in [0, 1] without NaN, got NaN.")
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(
-            f"Float {what} must lie in [0, 1] without NaN, got {values.min().item():g} to {values.max().item():g}."
-        )
+        # Every digit: 1.0000001 is not 1.
+        low, high = values.min().item(), values.max().item()
+        raise ValueError(f"Float {what} must lie in [0, 1] without NaN, got {low!r} to {high!r}.")
 
 
 # Rows of a large picture to convert at once, so that intermediate values do not exist for all of it.

@@ -84,8 +84,8 @@ def read_picture(
     if not hasattr(source, "read"):
         if not os.path.isfile(source):
             raise FileNotFoundError(f"No image file at {name}.")
-        if not os.path.getsize(source):
-            raise ValueError(f"{name} is empty (0 bytes), so it holds no image.")
+    if not (source.seek(0, os.SEEK_END) if hasattr(source, "read") else os.path.getsize(source)):
+        raise ValueError(f"{name} is empty (0 bytes), so it holds no image.")
     try:
         with open_picture(source) as image:
             return convert(image)

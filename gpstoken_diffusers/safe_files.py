@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +17,32 @@ from safetensors import SafetensorError, safe_open
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises OSError if there is something that a file must not replace: a read-only file, a device, a pipe."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    # The bits, and not what the system would allow: to take a file's place its folder must be writable, no more.
+    if not mode & 0o222:
+        raise PermissionError(errno.EACCES, "cannot write the file (it is read-only)", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "cannot write the file (something else has its name)", str(path))
+
+
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Write a file whole or not at all: a temporary file beside it, flushed to disk, takes its name last.
 
+    Where the path is a link, the file that it leads to is written, and the link stays.
+
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full; an older file is left as it was.
+        OSError: the folder is missing or not writable, the disk is full, or the file is read-only or no regular file;
+            an older file is left as it was.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    check_writable(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    # Cut, as a name may be nearly as long as the disk allows.
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -90,12 +110,17 @@ def open_safetensors(path: str | os.PathLike, advice: str) -> Iterator[safe_open
             f"{path}: this is a Python pickle (as torch.save writes), whatever its name says. Reading it could run "
             "code, so it was not read. Where you trust it, write its tensors with safetensors.torch.save_file."
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        whole = "a truncated or damaged safetensors file" if start[8:] == b"{" else "not a safetensors file"
-        raise ValueError(f"{path}: {whole} ({error}). {advice}") from error
+    with contextlib.ExitStack() as stack:
+        name = os.fspath(path)
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # the library takes names in UTF-8 alone: another name of the same file
+            name = f"/dev/fd/{stack.enter_context(open(path, 'rb')).fileno()}"
+        try:
+            yield stack.enter_context(safe_open(name, framework="pt"))
+        except SafetensorError as error:
+            whole = "a truncated or damaged safetensors file" if start[8:] == b"{" else "not a safetensors file"
+            raise ValueError(f"{path}: {whole} ({error}). {advice}") from error
 
 
 def check_format(header: dict[str, str], path: str | os.PathLike, name: str, version: int, otherwise: str) -> None:

@@ -62,6 +62,8 @@ _FIELDS = (SIGMA, slice(RHO, RHO + 1), CENTER)
 _LARGEST = torch.finfo(torch.float32).max
 # One byte of a deflate stream becomes at most 1,032 bytes (https://zlib.net/zlib_tech.html).
 _LARGEST_INFLATION = 1032
+# A safetensors file begins with the length of its header, which is JSON.
+_LENGTH_BYTES, _HEADER_START, _LARGEST_HEADER = 8, b'{"__metadata__":{', 100_000_000
 
 
 Tokens = TypeVar("Tokens")
@@ -111,6 +113,26 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     return _read(path, with_tensors=False)[0]
 
 
+def is_cut_off(path: str | os.PathLike) -> bool:
+    """Whether a file is the beginning of a tokens file, and not all of it: nothing is lost when it is made anew.
+
+    Raises OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        header = file.read(min(length, _LARGEST_HEADER))
+        size = file.seek(0, os.SEEK_END)
+    if len(header) < length or len(start) < _LENGTH_BYTES:  # the header itself is cut off
+        return header[: len(_HEADER_START)] == _HEADER_START[: len(header)]
+    try:
+        entries = json.loads(header)
+        ours = entries.pop("__metadata__")["format"] == FILE_FORMAT
+        return ours and size < _LENGTH_BYTES + length + max(entry["data_offsets"][1] for entry in entries.values())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
 def _file_bytes(tokens: Tokens, metadata: Mapping[str, str], dtype: str | None) -> bytes:
     """The whole file. Raises as [`GPSTokens.save`] does, except for what the disk refuses."""
     if dtype is not None and dtype not in ENCODINGS:
@@ -130,7 +152,17 @@ def _file_bytes(tokens: Tokens, metadata: Mapping[str, str], dtype: str | None) 
         tensors = {"geometry": own.geometry.contiguous(), "texture": texture.contiguous()}
     if taken := sorted(metadata.keys() & {*header, "encoding"}):  # read_metadata adds it where a file has none
         raise ValueError(f"these metadata keys belong to the file's own header: {', '.join(taken)}")
-    return safetensors_bytes(tensors, metadata={**metadata, **header})
+    return _in_order(safetensors_bytes(tensors, metadata={**metadata, **header}))
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with its header's strings sorted: the library writes them in another order each time."""
+    stop = _LENGTH_BYTES + int.from_bytes(file[:_LENGTH_BYTES], "little")
+    entries = json.loads(file[_LENGTH_BYTES:stop])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the tensors are aligned
+    return len(header).to_bytes(_LENGTH_BYTES, "little") + header + file[stop:]
 
 
 def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -73,10 +73,14 @@ def visualize_gaussians(
     return [draw(gaussians, ground, height, width) for gaussians, ground in zip(geometry_px, grounds, strict=True)]
 
 
+_WIDEST_COLUMN = 1024  # px
+
+
 def panel(columns: Sequence[tuple[str, Image.Image]], footer: str = "") -> Image.Image:
     """Set pictures side by side, each under its title, over one line of text.
 
-    Pictures are scaled to one height: that of the tallest, at least 256 px so that the text can be read.
+    Pictures are scaled to one height: that of the tallest, at least 256 px so that the text can be read. But none gets
+    wider than 1024 px by it.
 
     Args:
         columns: (title, picture) from left to right.
@@ -88,6 +92,9 @@ def panel(columns: Sequence[tuple[str, Image.Image]], footer: str = "") -> Image
     if not columns:
         raise ValueError("a panel needs at least one column (title, picture)")
     height = max(256, *(picture.height for _, picture in columns))
+    # Wide pictures are not enlarged, or the panel would be wider still.
+    widest = max(picture.width * height / picture.height for _, picture in columns)
+    height = max(1, round(height * min(1.0, max(_WIDEST_COLUMN, *(picture.width for _, picture in columns)) / widest)))
     pictures = []
     for _, picture in columns:
         width = max(1, round(picture.width * height / picture.height))
@@ -113,6 +120,16 @@ def panel(columns: Sequence[tuple[str, Image.Image]], footer: str = "") -> Image
     return sheet
 
 
+def _square_columns(count: int) -> int:
+    return math.ceil(math.sqrt(count))
+
+
+def grid_size(count: int, side: int, gap: int = 4) -> tuple[int, int]:
+    """(width, height) in pixels of a [`picture_grid`] of so many squares of `side` px."""
+    columns = _square_columns(count)
+    return columns * (side + gap) + gap, math.ceil(count / columns) * (side + gap) + gap
+
+
 def picture_grid(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
     """Set pictures of one size in rows on white.
 
@@ -126,7 +143,7 @@ def picture_grid(pictures: Sequence[Image.Image], columns: int | None = None, ga
     """
     if not pictures or len({picture.size for picture in pictures}) > 1:
         raise ValueError("a grid needs pictures, all of one size")
-    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else columns
+    columns = _square_columns(len(pictures)) if columns is None else columns
     if columns < 1:
         raise ValueError(f"a grid needs at least one column, not {columns}")
     columns = min(columns, len(pictures))

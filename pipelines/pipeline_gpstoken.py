@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from gpstoken_diffusers.image_processor import GPSTokenImageProcessor, ImageLike
 from gpstoken_diffusers.layouts.bank import LayoutBank
-from gpstoken_diffusers.layouts.calibration import calibrate_layout
+from gpstoken_diffusers.layouts.calibration import calibrate_layout, check_num_tokens
 from gpstoken_diffusers.models.attention import autocast_disabled
 from gpstoken_diffusers.models.autoencoder_gpstoken import AutoencoderGPSToken
 from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerModel
@@ -400,6 +400,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         num_tokens = self.layout_model.config.num_tokens if num_tokens is None else num_tokens
         if num_tokens < 1:
             raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
+        config = self.autoencoder.config
+        check_num_tokens(num_tokens, config.sample_size, config.sample_size, config.min_region_size)
 
         def network(noisy: Tensor, time: Tensor, label: Tensor) -> Tensor:
             with autocast_disabled(noisy):  # see the model's note on precision
@@ -407,7 +409,6 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
 
         shape = (num_tokens, LAYOUT_CHANNELS)
         latents = self._sample("layout", network, labels, shape, generator, latents, settings)
-        config = self.autoencoder.config
         predicted = self.layout_model.from_latents(latents)
         return calibrate_layout(
             predicted, image_size=(config.sample_size, config.sample_size), min_region_size=config.min_region_size

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 from .arguments import build_parser
+from .errors import is_users, printable, reason
+from .made_folders import empty_ones_removed
 
 __all__ = ["main"]
 
@@ -23,36 +27,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as usage:  # argparse has printed help, or what is wrong
         return usage.code
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that it cannot print is no failure
+            stream.reconfigure(errors="backslashreplace")
     with _log_to_stderr(quiet=args.quiet):
         try:
             # PyTorch is imported here and not above: `gpstoken --help` answers at once.
             module = importlib.import_module(f".{args.module}", __name__)
-            return getattr(module, args.function)(args)
+            with empty_ones_removed():
+                return getattr(module, args.function)(args)
         except KeyboardInterrupt:
             print("gpstoken: interrupted", file=sys.stderr)
             return 130
         except Exception as error:
-            if args.debug or not _is_users(error):
+            if args.debug or not is_users(error):
                 raise
-            print(f"gpstoken: error: {_text(error)}", file=sys.stderr)
+            print(f"gpstoken: error: {reason(error)}", file=sys.stderr)
             return 1
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether the message alone helps: a mistake of the user or a lack of memory, not a bug of ours."""
-    # By name, as torch may not be loaded yet.
-    return isinstance(error, (ValueError, TypeError, OSError, MemoryError)) or (
-        type(error).__name__ == "OutOfMemoryError"
-    )
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        advice = "out of memory. Use --dtype bfloat16, another --device, or a smaller picture."
-        return f"{advice} ({error})" if str(error) else advice
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -60,10 +51,19 @@ def _log_to_stderr(quiet: bool) -> Iterator[None]:
     """Show this package's own log messages as lines of the command; with `quiet`, errors alone."""
     logger = logging.getLogger("gpstoken_diffusers")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("gpstoken: %(message)s"))
+    handler.setFormatter(_Lines("gpstoken: %(message)s"))
     handler.setLevel(logging.ERROR if quiet else logging.WARNING)
     logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where: logger.warning("warning: %s", message)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
+
+class _Lines(logging.Formatter):
+    """Messages hold names and what files say: nothing in them may act on the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--importance-strength",
         metavar="S",
-        type=float,
+        type=_number,
         default=1.0,
         help="at 1 (default) a white pixel of the mask adds as much as an average pixel's detail",
     )
@@ -156,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num-workers",
         metavar="K",
         type=int,
-        help="processes that read and partition pictures meanwhile (default: half of the cores, at most 8)",
+        help="threads that read and partition pictures meanwhile (default: half of the cores, at most 8)",
     )
     _model_options(encode)
 
@@ -207,10 +208,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", metavar="N", type=int, help="steps of the second stage (default: the sampler's)")
     generate.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's own)")
     generate.add_argument(
-        "--guidance", metavar="W", type=float, help="how strongly to keep to the class (default: the model's, or 3)"
+        "--guidance", metavar="W", type=_number, help="how strongly to keep to the class (default: the model's, or 3)"
     )
     generate.add_argument(
-        "--layout-guidance", metavar="W", type=float, default=2.0, help="the same of the layout (default: 2)"
+        "--layout-guidance", metavar="W", type=_number, default=2.0, help="the same of the layout (default: 2)"
     )
     generate.add_argument("--num-tokens", metavar="N", type=int, help="tokens per picture (default: the model's)")
     generate.add_argument(
@@ -331,6 +332,16 @@ def _hardware(group: argparse._ActionsContainer) -> None:
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.add_argument("--debug", action="store_true", help="show where an error came from (for bug reports)")
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, not {text!r}")
+    return number
 
 
 def _device(text: str) -> str:

@@ -24,6 +24,7 @@ from ..models.autoencoder_gpstoken import AutoencoderGPSToken
 from ..models.hub_files import fetch_tokenizer_folder, is_repository
 from ..ops.partition import max_tokens
 from ..tokens import GPSTokens
+from .sources import Record, picture_of, read_source
 
 AUTOENCODER_FOLDER = "autoencoder"  # of a pipeline
 SMALLEST_FOR_SSIM = 11  # px, the side of its window
@@ -37,11 +38,13 @@ class Encoded:
         picture: what the model saw, as an 8-bit RGB picture.
         initial_tokens: the Gaussians of the partition.
         tokens: the refined ones; both on the CPU.
+        source: the record of the file, see [`read_source`].
     """
 
     picture: Image.Image
     initial_tokens: GPSTokens
     tokens: GPSTokens
+    source: Record
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Codec:
             FileNotFoundError: no such picture or mask.
             ValueError: a file that is no picture, a mask of another size, too many tokens or too few.
         """
-        picture = self.processor.load_image(path, self.processor.background)
+        data, source = read_source(path)
+        picture = picture_of(data, path, self.processor.background)
         mask = None if importance is None else self.processor.load_mask(importance)
         features = self.processor(
             picture, num_tokens=num_tokens, importance=mask, importance_strength=importance_strength
@@ -82,6 +86,7 @@ class Codec:
             picture=self.processor.postprocess(features["pixel_values"])[0],
             initial_tokens=output.initial_tokens.cpu(),
             tokens=output.tokens.cpu(),
+            source=source,
         )
 
     @torch.inference_mode()

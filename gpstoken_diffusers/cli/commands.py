@@ -13,7 +13,14 @@ from ..visualization import panel as side_by_side
 from ..visualization import visualize_gaussians
 from .codec import Codec, Encoded, load_codec, quality, quality_text
 from .encode_folder import encode_folder
-from .files import check_picture_suffix, prepare_file, prepare_folder, write_picture
+from .files import (
+    check_picture_size,
+    check_picture_suffix,
+    check_tokens_output,
+    prepare_file,
+    prepare_folder,
+    write_picture,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +61,9 @@ def encode(args: argparse.Namespace) -> int:
     if args.output.suffix.lower() != ".safetensors":
         raise ValueError(f"the output {args.output} must end in .safetensors: tokens are stored in that format.")
     prepare_file(args.output, args.image)
+    check_tokens_output(args.output)
     codec = load_codec(args)
+    codec.check_num_tokens(args.num_tokens)
     encoded = codec.encode(args.image, args.num_tokens, args.importance, args.importance_strength)
     encoded.tokens.save(args.output, codec.metadata(), dtype=args.encoding)
     if not args.quiet:
@@ -76,13 +85,16 @@ def decode(args: argparse.Namespace) -> int:
     maker = metadata.get("model")
     if len(tokens) > 1:
         raise ValueError(f"{args.tokens} holds {len(tokens)} pictures; this command decodes files of one.")
+    size = _size(tokens.image_size, args.height, args.width)
+    height, width = tokens.image_size if size is None else size
+    check_picture_size(args.output, width, height)
     codec = load_codec(args)
     if maker is not None and maker != codec.name:
         logger.warning(
             "%s was encoded by %s, and is decoded by %s: if the weights differ, the picture will be wrong.",
             args.tokens, maker, codec.name,
         )  # fmt: skip
-    picture = codec.decode(tokens, args.mode, _size(tokens.image_size, args.height, args.width))
+    picture = codec.decode(tokens, args.mode, size)
     write_picture(picture, args.output)
     if not args.quiet:
         print(f"{args.output}: {picture.width} x {picture.height} px, from tokens in {metadata['encoding']}")

@@ -33,6 +33,9 @@ def convert(args: argparse.Namespace) -> int:
         disable_progress_bars()
     target = args.output.resolve()
     _check_target(target, args.overwrite)
+    checkpoint = Path(args.checkpoint)
+    if checkpoint.exists() and target in checkpoint.resolve().parents:
+        raise ValueError(f"the output folder {target} holds the checkpoint itself. Choose another one.")
     prepare_folder(target.parent)
     dtype = getattr(torch, args.dtype)
     if args.autoencoder is None and args.layouts is None:

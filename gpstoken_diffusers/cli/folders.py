@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from ..folder_files import find_files
 from ..picture_files import image_suffixes
 from .codec import Codec
+from .sources import Record
 
 logger = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 
 def find_pictures(path: Path, output: Path, recursive: bool) -> dict[str, Path]:
@@ -24,7 +22,7 @@ def find_pictures(path: Path, output: Path, recursive: bool) -> dict[str, Path]:
         FileNotFoundError: nothing is there.
         ValueError: no picture is, or the output folder is the folder itself.
     """
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return {path.name: path}
     if not path.is_dir():
         raise FileNotFoundError(f"no picture or folder at {path}.")
@@ -52,9 +50,3 @@ def model_settings(codec: Codec, num_tokens: int | None) -> Record:
 def settings_difference(old: Record, new: Record) -> str:
     """In words, what of the settings has changed."""
     return ", ".join(f"{name} {old.get(name)} there, {new[name]} now" for name in new if old.get(name) != new[name])
-
-
-def picture_state(source: Path) -> Record:
-    """Tells whether a picture has changed since something was made of it."""
-    status = source.stat()
-    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}

@@ -11,12 +11,13 @@ from huggingface_hub.utils import disable_progress_bars
 
 from ..assets import MINI_PIPELINE
 from ..image_processor import GPSTokenImageProcessor
+from ..layouts.calibration import check_num_tokens
 from ..models.hub_files import is_repository
 from ..pipelines.pipeline_gpstoken import GPSTokenPipeline
 from ..schedulers.presets import make_sampler
-from ..visualization import picture_grid
+from ..visualization import grid_size, picture_grid
 from .codec import choose_device, choose_dtype
-from .files import check_picture_suffix, prepare_file, write_picture
+from .files import check_picture_size, check_picture_suffix, prepare_file, write_picture
 
 # Pictures that pass through the networks together: enough to keep them busy, few enough for any memory.
 PICTURES_AT_ONCE = 16
@@ -51,6 +52,10 @@ def generate(args: argparse.Namespace) -> int:
     prepare_file(args.output, args.layout)
     label = int(args.label) if args.label is not None and args.label.isdecimal() else args.label
     pipe.label_ids(label)
+    config = pipe.autoencoder.config
+    if args.num_tokens is not None:
+        check_num_tokens(args.num_tokens, config.sample_size, config.sample_size, config.min_region_size)
+    check_picture_size(args.output, *grid_size(args.count, config.sample_size))
     steps = args.steps
     if args.sampler is not None:
         pipe.scheduler, steps = make_sampler(args.sampler, args.steps)

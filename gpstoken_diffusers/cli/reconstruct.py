@@ -19,15 +19,20 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from ..folder_files import find_files
 from ..picture_files import image_suffixes
 from ..safe_files import write_atomically
 from .codec import Codec, load_codec, quality, quality_text
+from .errors import ends_run, printable, reason
 from .files import prepare_folder, write_picture
-from .folders import Record, find_pictures, model_settings, picture_state, settings_difference
+from .folders import find_pictures, model_settings, settings_difference
+from .made_folders import make_folder
+from .sources import Record, folder_mark, is_same_source
 
 RECORD = "gpstoken"  # name of the text chunk
 COLUMNS = ("file", "width", "height", "tokens", "floats", "psnr", "ssim", "seconds")
 AVERAGED = COLUMNS[3:]
+_ADVICE = "Choose another folder, or add --overwrite to do them again."
 
 
 def reconstruct(args: argparse.Namespace) -> int:
@@ -44,40 +49,41 @@ def reconstruct(args: argparse.Namespace) -> int:
     others = [record["settings"] for record in known.values() if record["settings"] != settings]
     if others and not args.overwrite:
         raise ValueError(
-            f"{args.output} holds pictures of other settings ({settings_difference(others[0], settings)}). "
-            "Choose another folder, or add --overwrite to do them again."
+            f"{args.output} holds pictures of other settings ({settings_difference(others[0], settings)}). {_ADVICE}"
         )
-    waiting = {
-        name
-        for name, source in sources.items()
-        if args.overwrite or name not in known or known[name]["source"] != picture_state(source)
-    }
-    records = {
-        name: record["metrics"]
-        for name, record in known.items()
-        if name not in waiting and record["settings"] == settings
-    }
-    failures: dict[str, str] = {}
+    folder = args.path if args.path.is_dir() else args.path.parent
+    waiting, failures = [], {}
+    for name, source in sources.items():
+        try:
+            if args.overwrite or name not in known or not is_same_source(known[name]["source"], source, folder):
+                waiting.append(name)
+        except ValueError as error:
+            raise ValueError(f"{error}, and its result is in {args.output}. {_ADVICE}") from error
+        except OSError as error:
+            failures[name] = reason(error)
+            print(f"gpstoken: error: {printable(name)}: {failures[name]}", file=sys.stderr)
+    skipped, finished = len(sources) - len(waiting) - len(failures), 0
     try:
         with tqdm(sorted(waiting), unit="picture", disable=args.quiet) as bar:
             for name in bar:
                 try:
-                    picture, metrics = _one(codec, sources[name], name, args)
-                # Whatever a picture raises is its own error; trouble with the output folder ends the run.
+                    picture, metrics, source = _one(codec, sources[name], name, args)
+                    record = {"source": source | {"folder": folder_mark(folder)}, "settings": settings}
+                    target = args.output / f"{name}.png"
+                    make_folder(target.parent)
+                    write_picture(picture, target, {RECORD: json.dumps(record | {"metrics": metrics})})
+                # Whatever a picture raises is its own error; trouble with the whole disk ends the run.
                 except Exception as error:
-                    failures[name] = str(error) or type(error).__name__
-                    bar.write(f"gpstoken: error: {name}: {failures[name]}", file=sys.stderr)
+                    if isinstance(error, OSError) and ends_run(error):
+                        raise
+                    failures[name] = reason(error)
+                    bar.write(f"gpstoken: error: {printable(name)}: {failures[name]}", file=sys.stderr)
                     continue
-                record = {"source": picture_state(sources[name]), "settings": settings, "metrics": metrics}
-                target = args.output / f"{name}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_picture(picture, target, {RECORD: json.dumps(record)})
-                records[name] = metrics
+                finished += 1
                 bar.set_postfix_str(quality_text(metrics))
     finally:  # after Ctrl-C too, the tables tell of all pictures that are there
-        means = _write_tables(args.output, settings, records, failures)
+        records, means = _write_tables(args.output, settings, failures)
     if not args.quiet:
-        finished, skipped = len(waiting) - len(failures), len(sources) - len(waiting)
         before = f", {skipped} done before" if skipped else ""
         failed = f", {len(failures)} failed" if failures else ""
         print(f"{args.output}: {finished} reconstructed{before}{failed}")
@@ -88,25 +94,23 @@ def reconstruct(args: argparse.Namespace) -> int:
 
 def _records_in(output: Path) -> dict[str, Record]:
     """The records of the pictures that this command wrote into a folder, by the name of their source."""
-    records = {}
-    for target in output.rglob("*.png"):
-        if (record := _record_of(target)) is not None:
-            records[target.relative_to(output).as_posix().removesuffix(".png")] = record
-    return records
+    found = {name: _record_of(target) for name, target in find_files(output, [".png"]).files.items()}
+    return {name.removesuffix(".png"): record for name, record in found.items() if record is not None}
 
 
 def _record_of(target: Path) -> Record | None:
     """The record in a picture; None if the file is not whole, or not of this command."""
     try:
-        with Image.open(target) as picture:
+        with Image.open(target, formats=["PNG"]) as picture:
             record = json.loads(picture.info[RECORD])
             picture.verify()  # checksums of the whole file, without decoding it
         return {name: record[name] for name in ("source", "settings", "metrics")}
-    except (OSError, SyntaxError, KeyError, ValueError, TypeError):
+    except Exception:  # whatever a picture raises: it is not one of ours
         return None
 
 
-def _one(codec: Codec, source: Path, name: str, args: argparse.Namespace) -> tuple[Image.Image, Record]:
+def _one(codec: Codec, source: Path, name: str, args: argparse.Namespace) -> tuple[Image.Image, Record, Record]:
+    """The result, its metrics, and the record of its source."""
     start = time.perf_counter()
     encoded = codec.encode(source, args.num_tokens)
     picture = codec.decode(encoded.tokens, args.mode)
@@ -121,28 +125,42 @@ def _one(codec: Codec, source: Path, name: str, args: argparse.Namespace) -> tup
         **quality(encoded.picture, picture),
         "seconds": round(seconds, 4),
     }
-    return picture, metrics
+    return picture, metrics, encoded.source
 
 
 def _write_tables(
-    output: Path, settings: Record, records: dict[str, Record], failures: dict[str, str]
-) -> dict[str, float | None]:
-    """Write metrics.csv and metrics.json; returns the means, of finite values."""
-    rows = [records[name] for name in sorted(records)]
-    means = {column: _mean(row[column] for row in rows) for column in AVERAGED}
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*rows, {"file": "mean", **means}] if rows else [])
-    write_atomically(output / "metrics.csv", table.getvalue().encode())
-    document = {
-        "settings": settings,
-        "mean": means,
-        "pictures": [{**row, "psnr": _finite(row["psnr"])} for row in rows],  # JSON has no infinity
-        "failed": [{"file": name, "error": failures[name]} for name in sorted(failures)],
-    }
-    write_atomically(output / "metrics.json", (json.dumps(document, indent=2) + "\n").encode())
-    return means
+    output: Path, settings: Record, failures: dict[str, str]
+) -> tuple[dict[str, Record], dict[str, float | None]]:
+    """Write metrics.csv and metrics.json of the pictures that are in a folder now.
+
+    Returns: their metrics by name, and the means, of finite values.
+    """
+    while True:
+        before = _state(output)
+        known = _records_in(output)
+        records = {name: record["metrics"] for name, record in known.items() if record["settings"] == settings}
+        rows = [records[name] for name in sorted(records)]
+        means = {column: _mean(row[column] for row in rows) for column in AVERAGED}
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows, {"file": "mean", **means}] if rows else [])
+        # A name that is not in UTF-8 is written with escapes, as JSON does.
+        write_atomically(output / "metrics.csv", table.getvalue().encode(errors="backslashreplace"))
+        document = {
+            "settings": settings,
+            "mean": means,
+            "pictures": [{**row, "psnr": _finite(row["psnr"])} for row in rows],  # JSON has no infinity
+            "failed": [{"file": name, "error": failures[name]} for name in sorted(failures)],
+        }
+        write_atomically(output / "metrics.json", (json.dumps(document, indent=2) + "\n").encode())
+        if _state(output) == before:  # else another run has written a picture meanwhile, and perhaps its tables
+            return records, means
+
+
+def _state(output: Path) -> dict[str, int]:
+    """Changes when a picture in a folder does."""
+    return {name: target.stat().st_mtime_ns for name, target in find_files(output, [".png"]).files.items()}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

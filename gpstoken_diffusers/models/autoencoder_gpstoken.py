@@ -21,7 +21,7 @@ from ..ops.partition import initial_gaussians
 from ..tiling import take_tiles, tile_grid_for
 from ..tokens import GPSTokens
 from . import official_checkpoints
-from .canvas import Progress, checked_size, cut_picture
+from .canvas import Progress, checked_size, cut_picture, drawn_scale
 from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
@@ -383,7 +383,8 @@ class AutoencoderGPSToken(
 
         The convolutions were trained at one size, and draw fine texture differently at another. A picture decoded at
         its own size and then resampled is closer to the resampled original: with gpstoken-mini by 2.5 dB at twice the
-        size and by 10 dB at half of it. Time and memory go with the pixels of the result (the attention of a "map"
+        size and by 10 dB at half of it. A picture that fills a small part of its canvas is drawn at a smaller scale and
+        resampled. Time and memory go with the pixels of the result (the attention of a "map"
         decoder takes time with the square of a tile's), so a small picture is cheaper here.
         """
         config = self.config
@@ -407,7 +408,8 @@ class AutoencoderGPSToken(
             )
         size = tokens.image_size if size is None else checked_size(size)
         scale = tuple(Fraction(wanted, own) for wanted, own in zip(size, tokens.image_size, strict=True))
-        canvas = self._lasting(self.decoder.draw(tokens, scale, mode, self.work_plan, progress))
+        drawn = drawn_scale(scale, tokens.canvas_size, size)
+        canvas = self._lasting(self.decoder.draw(tokens, drawn, mode, self.work_plan, progress))
         if progress is not None:
             progress(1.0)
         sample = cut_picture(canvas, tokens.canvas_size, scale, size)

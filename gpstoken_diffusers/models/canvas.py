@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from .windows import Size, Window
 
 Scale = tuple[Fraction, Fraction]  # vertically, horizontally
+
+_CANVAS_OF_PICTURE = 3  # how many times a picture's pixels its canvas may have, where it is drawn enlarged
 
 Progress = Callable[[float], None]
 """Called after each piece of work with the share that is done, above 0 and at most 1; it may raise to stop."""
@@ -19,16 +23,29 @@ Progress = Callable[[float], None]
 def checked_size(size: Size) -> Size:
     """A size that a user asked for: (height, width), each an int of at least 1; else TypeError or ValueError."""
     # bool is an int to Python, but never a number of pixels.
-    if not isinstance(size, (tuple, list)) or [type(side) is int for side in size] != [True, True]:
+    if not isinstance(size, (tuple, list)) or [
+        isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in size
+    ] != [True, True]:
         raise TypeError(f"size must be two ints (height, width), got {size!r}.")
     if min(size) < 1:
         raise ValueError(f"size must be at least 1 px along both axes (height, width), got {tuple(size)}.")
-    return (size[0], size[1])
+    return (int(size[0]), int(size[1]))
 
 
 def scaled(map_size: Size, scale: Scale) -> Size:
     """(height, width) of a map enlarged by `scale`, in whole map pixels."""
     return tuple(max(1, round(side * ratio)) for side, ratio in zip(map_size, scale, strict=True))
+
+
+def drawn_scale(scale: Scale, canvas_size: Size, size: Size) -> Scale:
+    """The scale to draw a canvas at, of which a picture is cut out and resampled.
+
+    That of the picture, unless most of the canvas is padding. Then it is smaller, so that no more is drawn than three
+    times the pixels of the picture, or the canvas at its own size.
+    """
+    drawn = math.prod(canvas_size) * float(scale[0] * scale[1])
+    share = max(math.prod(canvas_size), _CANVAS_OF_PICTURE * math.prod(size)) / drawn
+    return scale if share >= 1 else tuple(ratio * Fraction(math.sqrt(share)) for ratio in scale)
 
 
 class Canvas:
@@ -80,5 +97,10 @@ def cut_picture(canvas: Tensor, canvas_size: Size, scale: Scale, size: Size) -> 
         factors = tuple(
             float(length / side) * (1 + 1e-12) for length, side in zip(wanted, canvas.shape[-2:], strict=True)
         )
+        # What lies further right and below than the cubic kernel reaches does not show in the picture.
+        height, width = (
+            math.ceil(own / factor + 2 * max(1, 1 / factor)) + 1 for own, factor in zip(size, factors, strict=True)
+        )
+        canvas = canvas[..., :height, :width]
         canvas = F.interpolate(canvas.float(), scale_factor=factors, mode="bicubic", antialias=True).to(canvas.dtype)
     return canvas[..., : size[0], : size[1]]

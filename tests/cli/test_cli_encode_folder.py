@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 from command_runs import names_in, odd_picture, photo, run, save_tiny_model
 
-from gpstoken_diffusers import GPSTokens
-from gpstoken_diffusers.cli.encode_folder import batches
+from gpstoken_diffusers import GPSTokenImageProcessor, GPSTokens
+from gpstoken_diffusers.cli import encode_folder, sources
+from gpstoken_diffusers.cli.encode_folder import PixelBudget, batches
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = [(40, 56), (32, 32), (40, 56), (9, 70), (32, 32), (40, 56), (40, 56)]
@@ -148,6 +150,171 @@ def test_pictures_of_one_size_come_together():
         assert len(together["pixel_values"]) == len(names) <= 2
     # No more than eight wait: the first of the odd ones goes before the last comes.
     assert [names for names, _ in found].index(["3"]) < [names for names, _ in found].index(["11"])
+
+
+def test_pictures_wait_in_8_bits_and_lose_nothing(model_folder, photos):
+    """Also through a processor that resizes, whose values are not of 8 bits."""
+    for settings in ({}, {"shortest_edge": 32, "center_crop": True}):
+        processor = GPSTokenImageProcessor(tile_size=32, num_tokens=6, **settings)
+        reading = encode_folder.FolderReader(processor, {"a": photos / "0.png"}, None)("a")
+        pixels = reading.features["pixel_values"]
+        assert (pixels.dtype == torch.uint8) == (not settings)
+        values = encode_folder._values(pixels) if not settings else pixels
+        expected = processor(processor.load_image(photos / "0.png"))
+        assert torch.equal(values, expected["pixel_values"])
+        assert torch.equal(reading.features["regions"], expected["regions"])
+
+
+def test_large_pictures_wait_for_each_other():
+    budget, inside, most = PixelBudget(100), [], []
+
+    def hold(pixels: int) -> None:
+        with budget.taken(pixels):
+            inside.append(pixels)
+            most.append(sum(inside))
+            time.sleep(0.002)
+            inside.remove(pixels)
+
+    threads = [threading.Thread(target=hold, args=(pixels,)) for pixels in [40, 40, 40, 500, 10, 90] * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(most) == 18 and not inside
+    assert all(total <= 100 for total in most if total < 500) and 500 in most
+
+
+def test_large_pictures_come_in_small_batches(monkeypatch):
+    monkeypatch.setattr(encode_folder, "BYTES_OF_BATCH", 20)
+    monkeypatch.setattr(encode_folder, "BYTES_WAITING", 30)
+    items = ((str(number), {"pixel_values": torch.zeros(1, side, dtype=torch.uint8)})
+             for number, side in enumerate([10, 10, 10, 30, 5, 6, 7, 8, 1]))  # fmt: skip
+    found = [names for names, _ in batches(items, 100)]
+    assert found[:2] == [["0", "1"], ["3"]] and sorted(sum(found, [])) == [str(number) for number in range(9)]
+    assert found.index(["2"]) < found.index(["8"])  # 10 + 5 + 6 + 7 + 8 do not wait together
+
+
+def test_one_odd_picture_of_a_batch_fails_alone(encode, monkeypatch, tmp_path, capsys):
+    """Out of memory on a CPU is a RuntimeError of PyTorch's."""
+    import gpstoken_diffusers.models.autoencoder_gpstoken as module
+
+    whole = module.AutoencoderGPSToken.encode
+
+    def odd(self, pixel_values, **features):
+        if pixel_values.shape[-1] == 70:
+            torch.empty(2**60, dtype=torch.uint8)
+        return whole(self, pixel_values, **features)
+
+    monkeypatch.setattr(module.AutoencoderGPSToken, "encode", odd)
+    assert encode() == 1
+    said = capsys.readouterr()
+    assert "6 encoded, 1 failed" in said.out
+    assert said.err.count("error: 3.png: out of memory. Use") == 1 and "Traceback" not in said.err
+
+
+NAMES = {
+    "long": "x" * 236 + ".png",
+    "too long": "y" * 250 + ".png",
+    "bytes": os.fsdecode(b"caf\xe9.png"),
+    "codes": "a\x1b[31m.png",
+}
+
+
+def test_names_of_every_kind(encode, photos, tmp_path, capsys):
+    for name in NAMES.values():
+        photo(photos / name, 32, 32)
+    assert encode() == 1
+    said = capsys.readouterr()
+    assert "10 encoded, 1 failed" in said.out and "\x1b" not in said.err
+    assert "File name too long" in said.err and said.err.count("gpstoken: error") == 1
+    for name in (NAMES["long"], NAMES["bytes"], NAMES["codes"]):
+        GPSTokens.load(tmp_path / "tokens" / f"{name}.safetensors")
+    assert encode() == 1
+    assert "0 encoded, 10 done before, 1 failed" in capsys.readouterr().out
+    # An output folder of such a name, on a terminal that cannot print it.
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    argv = [
+        "-m",
+        "gpstoken_diffusers",
+        "encode",
+        str(photos / "0.png"),
+        "-o",
+        f"{output}/0.safetensors",
+        "--num-tokens",
+        "4",
+    ]
+    result = subprocess.run([sys.executable, *argv], capture_output=True, cwd=REPOSITORY,
+                            env={**os.environ, "PYTHONIOENCODING": "cp1252:strict"})  # fmt: skip
+    assert result.returncode == 0 and b"Traceback" not in result.stderr
+    assert len(GPSTokens.load(f"{output}/0.safetensors")) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_trouble_with_one_file_is_its_own(encode, photos, tmp_path, monkeypatch, capsys, workers):
+    """A source that disappears, an output that cannot be written; a later run does them."""
+    read = sources.open if hasattr(sources, "open") else open
+
+    def vanishing(path, *args):
+        if str(path).endswith("2.png"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return read(path, *args)
+
+    monkeypatch.setattr(sources, "open", vanishing, raising=False)
+    (tmp_path / "tokens" / "4.png.safetensors").mkdir(parents=True)
+    (tmp_path / "tokens" / "5.png.safetensors").write_bytes(b"")
+    (tmp_path / "tokens" / "5.png.safetensors").chmod(0o444)
+    assert encode("--num-workers", workers) == 1
+    said = capsys.readouterr()
+    assert "4 encoded, 3 failed" in said.out and said.err.count("gpstoken: error") == 3
+    assert "error: 2.png: " in said.err and "read-only" in said.err and "something else has its name" in said.err
+    monkeypatch.undo()
+    (tmp_path / "tokens" / "4.png.safetensors").rmdir()
+    (tmp_path / "tokens" / "5.png.safetensors").chmod(0o644)
+    assert encode() == 0
+    assert "3 encoded, 4 done before" in capsys.readouterr().out
+
+
+def test_pictures_of_two_folders_are_kept_apart(encode, photos, model_folder, tmp_path, capsys):
+    """Cameras number their folders, and the pictures in each from the start."""
+    other = tmp_path / "101"
+    photo(other / "0.png", *SIZES[0], seed=50)
+    argv = ("encode", other, "-o", tmp_path / "tokens", "--model", model_folder)
+    assert encode() == 0
+    before = (tmp_path / "tokens" / "0.png.safetensors").read_bytes()
+    size, times = (photos / "0.png").stat().st_size, (photos / "0.png").stat().st_mtime_ns
+    (other / "0.png").write_bytes((other / "0.png").read_bytes()[:size].ljust(size, b"\0"))
+    os.utime(other / "0.png", ns=(times, times))
+    assert run(*argv) == 1
+    assert "the same name as another picture, in another folder" in capsys.readouterr().err
+    assert (tmp_path / "tokens" / "0.png.safetensors").read_bytes() == before
+    # The same picture at another place is done.
+    (other / "0.png").write_bytes((photos / "0.png").read_bytes())
+    capsys.readouterr()
+    assert run(*argv) == 0
+    assert "1 done before" in capsys.readouterr().out
+    # Of one size and time, in the same folder.
+    data = bytearray((photos / "1.png").read_bytes())
+    data[-1] ^= 1
+    times = (photos / "1.png").stat().st_mtime_ns
+    (photos / "1.png").write_bytes(data)
+    os.utime(photos / "1.png", ns=(times, times))
+    encode()
+    assert "1 encoded, 6 done before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [0, 5, 12, 200, -1])
+def test_tokens_that_were_cut_off_are_made_anew(encode, tmp_path, capsys, kept):
+    assert encode() == 0
+    file = tmp_path / "tokens" / "0.png.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    assert encode() == 0
+    assert "1 encoded, 6 done before" in capsys.readouterr().out
+    # Bit for bit: the order of the header too. The first batch has the others of its size in it.
+    assert GPSTokens.read_metadata(file)["record"] == json.dumps(json.loads(GPSTokens.read_metadata(file)["record"]))
+    file.write_bytes(b"a note of mine, and no tokens")
+    assert encode() == 1
+    assert file.read_bytes() == b"a note of mine, and no tokens"
 
 
 @pytest.mark.parametrize("options, message", [

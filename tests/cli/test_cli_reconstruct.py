@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from gpstoken_diffusers.cli import codec
+from gpstoken_diffusers.cli import reconstruct as reconstruction
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,61 @@ def test_whatever_a_picture_raises_is_its_own_error(model_folder, tmp_path, caps
     assert "error: b.dds: " in said.err and "Unimplemented pixel format" in said.err and "Traceback" not in said.err
     assert "1 left out (another kind of file, by its name): d.txt" in said.err
     assert "2 reconstructed, 1 failed" in said.out
+
+
+def test_names_and_files_of_every_kind(model_folder, tmp_path, capsys):
+    """Names that are long, not in UTF-8, or act on a terminal; and in the output folder what nobody expects there."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    names = ["x" * 246 + ".png", "z" * 250 + ".png", os.fsdecode(b"caf\xe9.png"), "a\x1b[31m.png", "b.png"]
+    for name in names:
+        photo(photos / name, 32, 32)
+    (out / "b.png.png").mkdir(parents=True)
+    os.mkfifo(out / "pipe.png")
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in ((b"IHDR", b"\0\1\0\0\0\1\0\0\1\0\0\0\0"), (b"IDAT", b""), (b"IEND", b""))
+    )
+    (out / "bomb.png").write_bytes(bomb)
+    argv = ("reconstruct", photos, "-o", out, "--model", model_folder)
+    assert run(*argv) == 1
+    said = capsys.readouterr()
+    assert "3 reconstructed, 2 failed" in said.out and "\x1b" not in said.err + said.out
+    assert said.err.count("gpstoken: error") == 2 and "File name too long" in said.err
+    rows, document = tables(out)
+    assert [row["file"] for row in rows] == sorted(["a\x1b[31m.png", "caf\\udce9.png", names[0]]) + ["mean"]
+    assert {row["file"] for row in document["pictures"]} == {names[0], names[2], names[3]}
+    (out / "b.png.png").rmdir()
+    assert run(*argv) == 1
+    assert "1 reconstructed, 3 done before, 1 failed" in capsys.readouterr().out
+
+
+def test_tables_hold_what_the_folder_holds(model_folder, tmp_path, monkeypatch):
+    """Another run writes a picture, and its tables, while this one writes its own."""
+    out = tmp_path / "out"
+    photo(tmp_path / "a.png")
+    assert run("reconstruct", photo(tmp_path / "b.png", seed=1), "-o", tmp_path / "other", "--model", model_folder) == 0
+    write = reconstruction.write_atomically
+
+    def meanwhile(path, data):
+        if not (out / "b.png.png").exists():
+            (out / "b.png.png").write_bytes((tmp_path / "other" / "b.png.png").read_bytes())
+        write(path, data)
+
+    monkeypatch.setattr(reconstruction, "write_atomically", meanwhile)
+    assert run("reconstruct", tmp_path / "a.png", "-o", out, "--model", model_folder) == 0
+    assert [row["file"] for row in tables(out)[0]] == ["a.png", "b.png", "mean"]
+
+
+def test_pictures_of_two_folders_are_kept_apart(model_folder, tmp_path, capsys):
+    first, second = (photo(tmp_path / name / "1.png", seed=seed) for name, seed in (("100", 1), ("101", 2)))
+    argv = ("-o", tmp_path / "out", "--model", model_folder)
+    assert run("reconstruct", first, *argv) == 0
+    before = (tmp_path / "out" / "1.png.png").read_bytes()
+    assert run("reconstruct", second, *argv) == 1
+    assert "the same name as another picture, in another folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / "1.png.png").read_bytes() == before
+    assert run("reconstruct", tmp_path / "100", *argv) == 0  # the folder, and the picture in it
+    assert "1 done before" in capsys.readouterr().out
 
 
 def test_reconstruct_recursive_and_quiet(model_folder, tmp_path, capsys):

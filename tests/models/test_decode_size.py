@@ -135,6 +135,40 @@ def test_the_canvas_is_cut_and_resampled_in_place():
     assert torch.equal(doubled, ramp[..., :39])
 
 
+@torch.no_grad()
+def test_only_what_shows_is_resampled():
+    """The rest of a canvas makes no difference, and is not touched: 1 px of 64 x 64 at 3000 px would be 37 GB."""
+    canvas = torch.randn(1, 3, 60, 64, generator=torch.Generator().manual_seed(0))
+    for size, scale in (((33, 50), (Fraction(33, 20), Fraction(50, 31))), ((9, 8), (Fraction(9, 20), Fraction(8, 31)))):
+        factors = [float(64 * ratio / side) * (1 + 1e-12) for ratio, side in zip(scale, (60, 64), strict=True)]
+        whole = F.interpolate(canvas, scale_factor=factors, mode="bicubic", antialias=True)
+        expected = whole[..., : size[0], : size[1]]
+        # Rounding of float32 alone.
+        torch.testing.assert_close(cut_picture(canvas, (64, 64), scale, size), expected, rtol=0, atol=1e-5)
+    enlarged = cut_picture(canvas, (64, 64), (Fraction(3000), Fraction(3000)), (3000, 3000))
+    assert enlarged.shape == (1, 3, 3000, 3000)
+
+
+@pytest.mark.parametrize("kind, mode", KINDS)
+@torch.no_grad()
+def test_what_is_drawn_goes_with_the_pixels_of_the_result(kind, mode, monkeypatch):
+    """Of a small picture most of the canvas is padding."""
+    model = tiny_model(kind)
+    drawn, draw = [], type(model.decoder).draw
+
+    def recording(self, *args):
+        canvas = draw(self, *args)
+        drawn.append(canvas.shape[-2] * canvas.shape[-1])
+        return canvas
+
+    monkeypatch.setattr(type(model.decoder), "draw", recording)
+    for image, size in (((6, 6), (100, 100)), ((1, 1), (90, 70)), ((1, 30), (10, 300)), ((33, 40), (60, 90))):
+        sample = model.decode(tiny_tokens(model, *image), mode=mode, size=size).sample
+        assert sample.shape == (1, 3, *size) and sample.isfinite().all()
+        # At most three times the picture's pixels, rounded to map pixels, or as much as at its own size.
+        assert drawn[-1] <= 1.2 * max(3 * size[0] * size[1], 64 * 64), (image, size)
+
+
 @pytest.mark.parametrize("kind, mode", KINDS)
 @torch.no_grad()
 def test_padding_stays_outside(kind, mode):
