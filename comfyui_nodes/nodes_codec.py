@@ -5,7 +5,6 @@ from __future__ import annotations
 import comfy.utils
 import torch
 from comfy_api.v0_0_2 import io, ui
-from server import PromptServer
 
 from .images import fitting_mask, from_image, given_mask, to_image
 from .progress import Progress
@@ -66,7 +65,6 @@ class GPSEncode(io.ComfyNode):
             description="Turns a picture into Gaussian tokens: where each lies, its size and shape, and what it shows.",
             **searched_as("vae", "vae encode"),
             **where_known(has_intermediate_output=True),  # what came out is shown again where the node need not run
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 model_input(),
                 io.Image.Input("image", tooltip="Pictures of any size; large ones are cut into tiles."),
@@ -95,9 +93,7 @@ class GPSEncode(io.ComfyNode):
             found = autoencoder.encode(pixels, features["geometry"], features["regions"], progress=progress.share)
         tokens = found.tokens.to("cpu", torch.float32)  # whatever the networks compute in: tokens of two models mix
         layout = tokens.with_tiles(features["geometry"], features["geometry"][..., :1] * 0)
-        said = size_of(tokens)
-        PromptServer.instance.send_progress_text(said, cls.hidden.unique_id)
-        return io.NodeOutput(tokens, layout, ui=ui.PreviewText(said))
+        return io.NodeOutput(tokens, layout, ui=ui.PreviewText(size_of(tokens)))  # web/encoded_size.js shows it
 
 
 def size_of(tokens) -> str:

@@ -43,6 +43,15 @@ def test_example_workflow_runs(comfyui_page_clone, artefacts, path):
     page = comfyui_page_clone
     page.open_template(path.stem, NODE_FOLDER)
     assert page.queue_and_wait(timeout=180)["outcome"] == "success"
+    encoders = sum(one["type"] == "GPSEncode" for one in json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    said = page.page.locator(".gps-encoded-size")
+    page.page.wait_for_function(
+        "count => document.querySelectorAll('.gps-encoded-size').length >= count",
+        arg=encoders,
+        timeout=30_000,
+        polling=100,
+    )
+    assert all(re.fullmatch(r"[\d,]+ tokens, [\d,]+ kB", text) for text in said.all_text_contents())
     page.screenshot(artefacts / f"workflow {path.stem}.png")
     assert page.errors == []
 
