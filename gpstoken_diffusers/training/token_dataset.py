@@ -9,6 +9,7 @@ shard can be trusted, or refused, without the rest of the folder.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from bisect import bisect_right
@@ -194,8 +195,12 @@ def write_index(folder: str | os.PathLike, num_shards: int, description: Mapping
 
 def model_fingerprint(model: AutoencoderGPSToken) -> str:
     """sha256 of a tokenizer's configuration and weights, as a shard's `settings` name it under `autoencoder`."""
-    # Without what diffusers adds, such as its version: an upgrade changes no token.
-    config = {name: value for name, value in json.loads(model.to_json_string()).items() if not name.startswith("_")}
+    # Without what diffusers adds, such as its version, and without defaults, which a later version has more of: an
+    # upgrade changes no token.
+    arguments = inspect.signature(type(model).__init__).parameters
+    defaults = json.loads(json.dumps({name: argument.default for name, argument in arguments.items()}, default=str))
+    config = json.loads(model.to_json_string())
+    config = {name: value for name, value in config.items() if name[0] != "_" and value != defaults.get(name)}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -324,7 +329,9 @@ class TokenDataset(Dataset):
         maker = settings.get("autoencoder")
         if maker is None or maker == model_fingerprint(model):
             return ""
-        return f"{folder} is not the tokenizer that made the tokens in {self.folder}: its weights are others."
+        return (
+            f"{folder} is not the tokenizer that made the tokens in {self.folder}: its weights or settings are others."
+        )
 
     def origin(self) -> dict[str, Any]:
         """What a model trained on these items must remember of them, in JSON's types; see `check_origin`."""

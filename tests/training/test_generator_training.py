@@ -266,6 +266,12 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
         train_texture.main([str(part) for part in (*line, "--pretrained", tmp_path / "model")])
     with pytest.raises(ValueError, match="validation_dir with 8 texture channels, as .*wide_tokens has, got .* with 4"):
         train_texture.main([str(part) for part in (*line, "--validation_dir", tokens)])
+    # An earlier version, which had fewer settings, would have named the same tokenizer the same.
+    model, earlier = (AutoencoderGPSToken.from_pretrained(tmp_path / "own") for _ in range(2))
+    config = json.loads(earlier.to_json_string())
+    del config["partition_criterion"]
+    earlier.to_json_string = lambda: json.dumps(config)
+    assert model_fingerprint(earlier) == model_fingerprint(model)
     # None of these folders holds an image processor's settings; what follows from the model takes their place.
     pipe = assemble(tmp_path / "out", **own)
     assert GPSTokenImageProcessor.from_pretrained(tmp_path / "out" / "autoencoder").tile_size == 32
