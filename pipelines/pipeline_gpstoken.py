@@ -20,6 +20,7 @@ from gpstoken_diffusers.layouts.bank import LayoutBank
 from gpstoken_diffusers.layouts.calibration import calibrate_layout, check_num_tokens
 from gpstoken_diffusers.models.attention import autocast_disabled
 from gpstoken_diffusers.models.autoencoder_gpstoken import AutoencoderGPSToken
+from gpstoken_diffusers.models.loading import with_dtype
 from gpstoken_diffusers.models.transformer_gpstoken import GPSTokenTransformerModel
 from gpstoken_diffusers.models.transformer_gpstoken_layout import LAYOUT_CHANNELS, GPSTokenLayoutModel
 from gpstoken_diffusers.schedulers.guidance import Network, check_guider
@@ -158,10 +159,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
 
         The components keep their precision unless `dtype` says otherwise; diffusers would cast them to float32.
         """
-        kwargs.setdefault("dtype", pipeline.dtype)
-        for name in ("guider", "layout_guider"):
-            kwargs.setdefault(name, getattr(pipeline, name, None))
-        return super().from_pipe(pipeline, **kwargs)
+        guiders = {name: getattr(pipeline, name, None) for name in ("guider", "layout_guider")}
+        return super().from_pipe(pipeline, **with_dtype({"dtype": pipeline.dtype, **guiders, **kwargs}))
 
     @classmethod
     def from_official(

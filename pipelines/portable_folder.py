@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import typing
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import gpstoken_diffusers
-from gpstoken_diffusers.models.loading import refuse_unknown_settings
+from gpstoken_diffusers.models.loading import refuse_unknown_settings, with_dtype
 from gpstoken_diffusers.safe_files import write_atomically
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ class PortableFolderMixin:
             ValueError: the folder holds another kind of pipeline, or was saved by a later version.
             OSError: no such folder, or a component, its configuration or its weights are missing or damaged.
         """
-        kwargs["use_safetensors"] = True
+        kwargs = {**with_dtype(kwargs), "use_safetensors": True}
         name = os.fspath(pretrained_model_name_or_path)
         folder = Path(name) if os.path.isdir(name) else cls._download(name, kwargs)
         cls._check_components(folder, passed=kwargs)
@@ -171,12 +173,18 @@ class PortableFolderMixin:
                 )
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike, **kwargs) -> dict[str, Any]:
         # With the list in place, diffusers would take the folder's pipeline.py for the pipeline, and ask for trust.
-        index = super()._dict_from_json_file(json_file)
+        index = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][1]
         return index
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple]:
+        # As in diffusers, which before 0.41 does not read annotations that are text.
+        hints = typing.get_type_hints(cls.__init__)
+        return {name: typing.get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:

@@ -90,7 +90,9 @@ class HubFile:
             raise ValueError(f"{self}: not a whole safetensors file ({error}).") from error
         except HFValidationError as error:
             raise FileNotFoundError(f"No checkpoint at {self}: there is no such file, and {error}") from error
-        except (ValueError, TypeError):
+        except (ValueError, TypeError) as error:
+            if isinstance(error, LocalEntryNotFoundError):  # a ValueError too before huggingface_hub 1.0
+                raise self._told(error, options) from error
             raise
         except Exception as error:  # which ones, when the network fails, depends on the version of huggingface_hub
             raise self._told(error, options) from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers import __version__ as diffusers_version
 from torch import Tensor
 
 from .. import __version__
@@ -58,6 +59,12 @@ def refuse_unknown_settings(owner: type, config: dict[str, Any], file: str | os.
         )
 
 
+def with_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with `dtype` or `torch_dtype` under the name that this diffusers knows."""
+    name = "dtype" if tuple(map(int, diffusers_version.split(".")[:2])) >= (0, 40) else "torch_dtype"
+    return {name if key in ("dtype", "torch_dtype") else key: value for key, value in arguments.items()}
+
+
 def align_weights(model: torch.nn.Module) -> None:
     """Copies weights that lie within a file to memory of their own, at addresses that are multiples of 64 bytes.
 
@@ -85,7 +92,7 @@ class FolderLoadingMixin:
             OSError: no such folder, no configuration or weights in it, or weights that the model needs are missing
                 (diffusers only warns, and leaves them empty).
         """
-        kwargs["use_safetensors"] = True
+        kwargs = {**with_dtype(kwargs), "use_safetensors": True}
         where = {key: kwargs[key] for key in LOCATION_ARGUMENTS if key in kwargs}
         config = cls.load_config(pretrained_model_name_or_path, **where)
         class_name = config.get("_class_name")
