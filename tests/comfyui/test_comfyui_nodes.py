@@ -195,6 +195,8 @@ def test_auto_takes_the_nearest_precision_that_networks_compute_in(here, monkeyp
     assert {model.patcher.model.network.dtype for model in found} == {FLAGS[flag]}
     said = [record.message for record in caplog.records if "cannot compute" in record.message]
     assert len(said) == (flag[:3] == "fp8" or flag == "fp64_unet")
+    if FLAGS[flag] is torch.float16:  # takes seconds on a CPU, and no user would ask for it there
+        return
     tokens = run(here.GPSEncode, model=found[0], image=picture(64, 64), num_tokens=16).args[0]
     assert run(here.GPSDecode, model=found[0], tokens=tokens).args[0].isfinite().all()
 
