@@ -26,6 +26,7 @@ examples:
   gpstoken encode photo.jpg -o photo.safetensors --num-tokens 128
   gpstoken encode photo.jpg -o photo.safetensors --encoding uint8
   gpstoken encode photo.jpg -o photo.safetensors --importance face.png --importance-strength 4
+  gpstoken encode photo.jpg -o photo.safetensors --polish 50
   gpstoken encode photos/ -o tokens/ --recursive --encoding uint8
   accelerate launch --multi_gpu -m gpstoken_diffusers encode photos/ -o tokens/
 """
@@ -142,6 +143,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=_number,
         default=1.0,
         help="at 1 (default) a white pixel of the mask adds as much as an average pixel's detail",
+    )
+    encode.add_argument(
+        "--polish",
+        metavar="STEPS",
+        type=int,
+        default=0,
+        help="move the tokens by so many steps to where they are decoded to the picture more closely; 50 of them are "
+        "worth some 1.5 dB, and take as long as a hundred decodings (default: 0)",
     )
     folder = encode.add_argument_group("for a folder")
     folder.add_argument("--recursive", action="store_true", help="also the pictures in folders below it")

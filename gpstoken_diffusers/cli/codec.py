@@ -21,6 +21,7 @@ from ..assets import MINI_PIPELINE
 from ..evaluation.metrics import psnr, ssim
 from ..image_processor import GPSTokenImageProcessor
 from ..models.autoencoder_gpstoken import AutoencoderGPSToken
+from ..models.canvas import Progress
 from ..models.hub_files import fetch_tokenizer_folder, is_repository
 from ..ops.partition import max_tokens
 from ..tokens import GPSTokens
@@ -68,8 +69,10 @@ class Codec:
         num_tokens: int | None = None,
         importance: Path | None = None,
         importance_strength: float = 1.0,
+        polish_steps: int = 0,
+        progress: Progress | None = None,
     ) -> Encoded:
-        """Read a picture, and turn it into tokens.
+        """Read a picture, and turn it into tokens; arguments as of `AutoencoderGPSToken.encode`.
 
         Raises:
             FileNotFoundError: no such picture or mask.
@@ -81,7 +84,7 @@ class Codec:
         features = self.processor(
             picture, num_tokens=num_tokens, importance=mask, importance_strength=importance_strength
         )
-        output = self.model.encode(**features.to(self.model.device))
+        output = self.model.encode(**features.to(self.model.device), polish_steps=polish_steps, progress=progress)
         return Encoded(
             picture=self.processor.postprocess(features["pixel_values"])[0],
             initial_tokens=output.initial_tokens.cpu(),

@@ -6,6 +6,7 @@ import argparse
 import logging
 
 from PIL import Image
+from tqdm import tqdm
 
 from ..assets import DEMO_PHOTOGRAPH
 from ..tokens import GPSTokens
@@ -25,6 +26,7 @@ from .files import (
 logger = logging.getLogger(__name__)
 
 PANEL_SIDE = 1024  # px, longest side of each picture in a panel
+_SHARE_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -56,6 +58,8 @@ def demo(args: argparse.Namespace) -> int:
 
 def encode(args: argparse.Namespace) -> int:
     """A picture to a tokens file, or the pictures of a folder to one each."""
+    if args.polish < 0:
+        raise ValueError(f"--polish {args.polish}: the number of steps is at least 0.")
     if args.image.is_dir():
         return encode_folder(args)
     if args.output.suffix.lower() != ".safetensors":
@@ -64,7 +68,15 @@ def encode(args: argparse.Namespace) -> int:
     check_tokens_output(args.output)
     codec = load_codec(args)
     codec.check_num_tokens(args.num_tokens)
-    encoded = codec.encode(args.image, args.num_tokens, args.importance, args.importance_strength)
+    with tqdm(total=1, desc="polish", bar_format=_SHARE_BAR, disable=args.quiet or not args.polish) as bar:
+        encoded = codec.encode(
+            args.image,
+            args.num_tokens,
+            args.importance,
+            args.importance_strength,
+            args.polish,
+            lambda share: bar.update(share - bar.n),
+        )
     encoded.tokens.save(args.output, codec.metadata(), dtype=args.encoding)
     if not args.quiet:
         stored = f"; stored as {args.encoding} in {args.output.stat().st_size:,} bytes" if args.encoding else ""

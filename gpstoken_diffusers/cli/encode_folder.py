@@ -68,6 +68,8 @@ def encode_folder(args: argparse.Namespace) -> int:
     codec = load_codec(args)
     codec.check_num_tokens(args.num_tokens)
     settings = model_settings(codec, args.num_tokens) | {"encoding": args.encoding}
+    if args.polish:  # folders of earlier versions say nothing of it
+        settings |= {"polish": args.polish}
     names = sorted(sources)[process::processes]
     waiting, failures, done = [], {}, 0
     progress = tqdm(total=len(names), unit="picture", disable=args.quiet or process > 0)
@@ -259,7 +261,7 @@ def _encode(
             for batch_names, features in batches(readable(), args.batch_size):
                 while unreadable:
                     yield unreadable.pop()
-                for name, outcome in _tokens(codec, batch_names, features):
+                for name, outcome in _tokens(codec, batch_names, features, args.polish):
                     record = {"source": records.pop(name), "settings": settings}
                     if isinstance(outcome, str):
                         yield name, outcome
@@ -280,7 +282,9 @@ def _encode(
             raise
 
 
-def _tokens(codec: Codec, names: list[str], features: Features) -> Iterator[tuple[str, GPSTokens | str]]:
+def _tokens(
+    codec: Codec, names: list[str], features: Features, polish_steps: int
+) -> Iterator[tuple[str, GPSTokens | str]]:
     """Name by name the tokens, or what went wrong; a batch in which something does is taken in halves.
 
     So one that is too large for the memory is done in parts, and one odd picture fails alone.
@@ -290,7 +294,7 @@ def _tokens(codec: Codec, names: list[str], features: Features) -> Iterator[tupl
             own = {key: value.to(codec.model.device) for key, value in features.items()}
             if own["pixel_values"].dtype == torch.uint8:
                 own["pixel_values"] = _values(own["pixel_values"])
-            tokens = codec.model.encode(**own).tokens.cpu()
+            tokens = codec.model.encode(**own, polish_steps=polish_steps).tokens.cpu()
         found: list[tuple[str, GPSTokens | str]] = [(name, tokens[place]) for place, name in enumerate(names)]
     except Exception as error:
         if len(names) == 1:
@@ -305,7 +309,7 @@ def _tokens(codec: Codec, names: list[str], features: Features) -> Iterator[tupl
     for part in (slice(0, half), slice(half, len(names))):
         rows = slice(part.start * tiles, part.stop * tiles)
         own = {key: value[part if key == "pixel_values" else rows] for key, value in features.items()}
-        yield from _tokens(codec, names[part], own)
+        yield from _tokens(codec, names[part], own, polish_steps)
 
 
 def _values(pixels: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from .lattice_decoder import LatticeDecoder
 from .loading import SingleFileLoadingMixin
 from .map_decoder import MapDecoder
 from .patch_decoder import PatchDecoder
+from .polish import polish_tiles
 from .refinement import GaussianRefiner
 from .stem import ImageStem
 from .windows import Size
@@ -228,6 +229,7 @@ class AutoencoderGPSToken(
         num_tokens: int | None = None,
         importance: Tensor | None = None,
         importance_strength: float = 1.0,
+        polish_steps: int = 0,
         progress: Progress | None = None,
         return_dict: bool = True,
     ) -> AutoencoderGPSTokenOutput | tuple[GPSTokens]:
@@ -243,15 +245,20 @@ class AutoencoderGPSToken(
             importance: (H, W) or (B, H, W) map in [0, 1] that draws tokens to where it is high; only where regions are
                 None.
             importance_strength: how strongly, see [`partition_image`].
-            progress: called with the share of the tiles that is done, above 0 and at most 1, after each few of them;
-                what it raises ends the call.
+            polish_steps: how often the tokens of each tile, geometry and texture, are moved along the gradient of the
+                decoded tile's squared error, after encoding. A step takes as long as two to three decodings, and
+                memory for gradients, one tile at a time, that a budget does not know of. 0 leaves the tokens alone.
+            progress: called with the share of the tiles that is done, above 0 and at most 1, after each few of them,
+                or with that of the polishing, after each step; what it raises ends the call.
             return_dict: whether to return an [`AutoencoderGPSTokenOutput`] or a tuple.
 
         Raises:
             ValueError: another shape, no image, NaN pixels, regions that do not fit the image, more tokens than an
-                image of this size has regions, or a memory budget that is too small.
+                image of this size has regions, steps below 0, or a memory budget that is too small.
         """
         config = self.config
+        if polish_steps < 0:
+            raise ValueError(f"polish_steps must be at least 0, got {polish_steps}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != config.in_channels:
             raise ValueError(
                 f"pixel_values must have the shape (B, {config.in_channels}, H, W), got {tuple(pixel_values.shape)}."
@@ -279,7 +286,10 @@ class AutoencoderGPSToken(
             count = len(pixel_values) * tile_grid[0] * tile_grid[1]
             regions, geometry = self._check_partition(regions, geometry, count, pixel_values.device)
 
-        refined, texture = self._refine(pixel_values, geometry, regions, tile_grid, progress)
+        shown = None if polish_steps else progress
+        refined, texture = self._refine(pixel_values, geometry, regions, tile_grid, shown)
+        if polish_steps:
+            refined, texture = self._polish(pixel_values, refined, texture, polish_steps, progress)
         canvas_size = (tile_grid[0] * config.sample_size, tile_grid[1] * config.sample_size)
         tokens = GPSTokens.merge_tiles(refined, texture, tile_grid, image_size, canvas_size)
         if not return_dict:
@@ -313,6 +323,26 @@ class AutoencoderGPSToken(
                 refined, texture = (part.new_empty(count, *part.shape[1:]) for part in outputs)
             refined[chunk], texture[chunk] = outputs
         return refined, texture
+
+    def _polish(
+        self, pixel_values: Tensor, geometry: Tensor, texture: Tensor, steps: int, progress: Progress | None
+    ) -> tuple[Tensor, Tensor]:
+        """Geometry and texture of tiles, moved as `encode` says."""
+        side, count = self.config.sample_size, len(geometry)
+        polished = []
+
+        def decode(geometry: Tensor, texture: Tensor) -> Tensor:
+            return self.decode(GPSTokens(geometry, texture, (side, side)), mode="tile").sample
+
+        def after_step(step: int) -> None:
+            if progress is not None:
+                progress((len(polished) * steps + step) / (count * steps))
+
+        for tile in range(count):
+            own = slice(tile, tile + 1)
+            target = take_tiles(pixel_values, side, own)
+            polished.append(polish_tiles(decode, target, geometry[own], texture[own], steps, after_step))
+        return tuple(torch.cat(parts) for parts in zip(*polished, strict=True))
 
     def _partition(
         self, pixel_values: Tensor, num_tokens: int | None, importance: Tensor | None, importance_strength: float

@@ -189,6 +189,26 @@ def test_encode_options_change_the_partition(model_folder, tmp_path, capsys):
     assert torch.equal(tokens["off"].geometry, tokens["plain"].geometry)
 
 
+def test_polished_tokens_are_the_models(model_folder, tmp_path, capfd):
+    image = photo(tmp_path / "photo.png")
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos" / "photo.png")
+    more = ("--model", model_folder, "--polish", 2)
+    assert run("encode", image, "-o", tmp_path / "t.safetensors", *more) == 0
+    assert "polish: 100%" in capfd.readouterr().err
+    features = GPSTokenImageProcessor.from_pretrained(model_folder)(Image.open(image))
+    with torch.no_grad():
+        expected = AutoencoderGPSToken.from_pretrained(model_folder).encode(**features, polish_steps=2).tokens
+    assert torch.equal(GPSTokens.load(tmp_path / "t.safetensors").as_tensor(), expected.as_tensor())
+    assert run("encode", tmp_path / "photos", "-o", tmp_path / "all", *more) == 0
+    assert torch.equal(GPSTokens.load(tmp_path / "all" / "photo.png.safetensors").as_tensor(), expected.as_tensor())
+    # Others than those that are there are not mixed in.
+    assert run("encode", tmp_path / "photos", "-o", tmp_path / "all", "--model", model_folder) == 1
+    assert "polish" in capfd.readouterr().err
+    assert run("encode", image, "-o", tmp_path / "n.safetensors", "--model", model_folder, "--polish", -1) == 1
+    assert "--polish -1" in capfd.readouterr().err
+
+
 def test_decode_modes_and_formats(model_folder, tmp_path):
     tokens = tmp_path / "t.safetensors"
     run("encode", photo(tmp_path / "photo.png"), "-o", tokens, "--model", model_folder)
