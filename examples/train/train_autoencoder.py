@@ -10,9 +10,11 @@ one. `--resume_from_checkpoint latest` continues a run that was stopped or kille
 weights are saved to OUTPUT_DIR/model as a diffusers folder.
 
 Recipes: "pixels" (default) for the best PSNR, "sharp" with perceptual and adversarial losses, "official" for what the
-research code does, its mistakes included (Inception gets values up to 510). Options override the recipe. Ours differ
-from the official one in crops of all scales instead of centre squares, token counts that vary, Muon with a cosine and
-clipped gradients, model and critic trained in the same step, and a critic without batch norm across pictures.
+research code does, its mistakes included (Inception gets values up to 510), "paper" for what the paper's text says, in
+the model too: support 5, regions of 4 px, S64 with 60 blocks (a --pretrained model keeps its own). Options override the
+recipe. Ours differ from the official one in crops of all scales instead of centre squares, token counts that vary, Muon
+with a cosine and clipped gradients, model and critic trained in the same step, and a critic without batch norm across
+pictures.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from gpstoken_diffusers.training.linear_start import linear_parameters
 from gpstoken_diffusers.training.loop import train
 from gpstoken_diffusers.training.model_card import write_model_card
 from gpstoken_diffusers.training.pictures import DatasetPictures, Pictures, open_pictures
-from gpstoken_diffusers.training.recipes import MODELS, RECIPES
+from gpstoken_diffusers.training.recipes import MODELS, PAPER_MODEL, PAPER_S64, RECIPES
 from gpstoken_diffusers.training.run_record import RunState
 
 # The refinement transformer's attention, which low-rank adapters are put on.
@@ -120,6 +122,8 @@ def build_model(args: argparse.Namespace) -> AutoencoderGPSToken:
     """The model to train, with --resolution as its tile and --num_tokens as its default, where they are given."""
     if args.pretrained is None:
         config = dict(MODELS[args.preset or "mini"])
+        if args.recipe == "paper":
+            config |= {**PAPER_MODEL, **(PAPER_S64 if args.preset == "s64" else {})}
         if args.config:
             config |= json.loads(Path(args.config).read_text(encoding="utf-8"))
         model = AutoencoderGPSToken(**config)

@@ -33,6 +33,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--perceptual_weight", type=AMOUNT, default=0.0, help="Of the distance that --perceptual_network measures.")
     add("--feature_weight", type=AMOUNT, default=0.0, help="Of the distance that --feature_network measures.")
     add("--adversarial_weight", type=AMOUNT, default=0.0, help="Of the critic's opinion; 0 trains without a critic.")
+    add("--perceptual_start", type=NATURAL, default=0, help="Step at which that distance begins to count.")
     add("--critic_start", type=NATURAL, default=0, help="Step at which the critic begins.")
     add(
         "--critic_schedule",
@@ -111,7 +112,7 @@ class AutoencoderObjective(Objective):
         difference = output - target
         numbers = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
         loss = args.l1_weight * numbers["l1"] + args.l2_weight * numbers["l2"]
-        if self.perceptual is not None:
+        if self.perceptual is not None and step >= args.perceptual_start:
             numbers["perceptual"] = self.perceptual(output, target).mean()
             loss = loss + args.perceptual_weight * numbers["perceptual"]
         compared = loss

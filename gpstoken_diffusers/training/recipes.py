@@ -65,5 +65,35 @@ RECIPES = {
         "critic_learning_rate": 5e-5,
         "critic_norm": "batch",
     },
+    # What the paper's text says; where it says nothing, as the official code. examples/README.md has the differences.
+    "paper": {
+        "crop": "center",
+        "token_jitter": 0.0,
+        "batch_size": 96,
+        "max_train_steps": 1_000_000,
+        "optimizer": "adam",
+        "learning_rate": 5e-5,
+        "adam_betas": (0.5, 0.9),
+        "weight_decay": 0.0,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+        "ema_decay": 0.9999,
+        "mixed_precision": "no",
+        "l1_weight": 0.0,
+        "l2_weight": 1.0,
+        "perceptual_network": "lpips-vgg",
+        "perceptual_weight": 1.0,
+        "perceptual_start": 600_000,
+        "adversarial_weight": 0.3,
+        "critic_start": 600_000,
+        "critic_learning_rate": 5e-5,
+    },
 }
 """Defaults of the command line that a recipe changes."""
+
+PAPER_MODEL = {"support": 5.0, "min_region_size": 4}
+"""Arguments of `AutoencoderGPSToken` that the paper's text states otherwise than the released configurations."""
+
+PAPER_S64 = {"num_layers": 60}
+"""The same of S64 alone."""

@@ -153,6 +153,31 @@ def test_the_official_recipe_is_what_the_official_code_does(script):
     assert script.parse_args(["--train_dir", "x", "--output_dir", "y"]).optimizer == "muon"
 
 
+def test_the_perceptual_loss_begins_at_its_step():
+    model = tiny_model("lattice")
+    objective = objective_of(model, "--perceptual_weight", "1", "--perceptual_start", "2", perceptual=squared)
+    batch = batch_of(model)
+    output = objective.forward(model, batch)
+    before, after = (objective.model_loss(output, batch, step=step) for step in (1, 2))
+    assert "perceptual" not in before
+    assert after["loss"].item() == pytest.approx((before["loss"] + after["perceptual"]).item(), rel=1e-5)  # float32 sum
+
+
+def test_the_paper_recipe_is_what_the_text_says(script):
+    line = ["--recipe", "paper", "--train_dir", "x", "--output_dir", "y"]
+    args = script.parse_args(line)
+    assert (args.batch_size, args.learning_rate, args.ema_decay) == (96, 5e-5, 0.9999)
+    assert (args.perceptual_start, args.critic_start) == (600_000, 600_000)
+    for preset, blocks in (("s64", 60), ("m128", 30), ("l256", 30)):
+        with torch.device("meta"):
+            config = script.build_model(script.parse_args([*line, "--preset", preset])).config
+        assert (config.support, config.min_region_size, config.num_layers) == (5, 4, blocks)
+    official = script.parse_args(["--recipe", "official", "--preset", "s64", "--train_dir", "x", "--output_dir", "y"])
+    with torch.device("meta"):
+        config = script.build_model(official).config
+    assert (config.support, config.min_region_size, config.num_layers) == (3, 8, 30)
+
+
 def test_released_sizes_can_be_trained(script, tmp_path, monkeypatch):
     """Their layers are made without weights, which would take long; sizes and tiles are what counts."""
     for preset, tokens, channels in (("s64", 64, 16), ("m128", 128, 16), ("l256", 256, 32)):
