@@ -21,7 +21,7 @@ def check_writable(path: str | os.PathLike) -> None:
     """Raises OSError if there is something that a file must not replace: a read-only file, a device, a pipe."""
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except OSError:  # nothing is there; whatever else is wrong, writing says
         return
     # The bits, and not what the system would allow: to take a file's place its folder must be writable, no more.
     if not mode & 0o222:

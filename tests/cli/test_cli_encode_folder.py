@@ -223,14 +223,15 @@ NAMES = {
 def test_names_of_every_kind(encode, photos, tmp_path, capsys):
     for name in NAMES.values():
         photo(photos / name, 32, 32)
+    (photos / "broken\x1b[31m.png").touch()
     assert encode() == 1
     said = capsys.readouterr()
-    assert "10 encoded, 1 failed" in said.out and "\x1b" not in said.err
-    assert "File name too long" in said.err and said.err.count("gpstoken: error") == 1
+    assert "10 encoded, 2 failed" in said.out and "\x1b" not in said.err
+    assert "File name too long" in said.err and said.err.count("gpstoken: error") == 2
     for name in (NAMES["long"], NAMES["bytes"], NAMES["codes"]):
         GPSTokens.load(tmp_path / "tokens" / f"{name}.safetensors")
     assert encode() == 1
-    assert "0 encoded, 10 done before, 1 failed" in capsys.readouterr().out
+    assert "0 encoded, 10 done before, 2 failed" in capsys.readouterr().out
     # An output folder of such a name, on a terminal that cannot print it.
     output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     argv = [
