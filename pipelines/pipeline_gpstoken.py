@@ -274,6 +274,29 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         layout_settings = SamplingSettings(
             layout_num_inference_steps, layout_guidance_scale, guider=layout_guider or self.layout_guider
         )
+        labels, layout, generators, layout_generators = self.prepare_inputs(
+            class_labels, num_images_per_label, layout, num_tokens, generator
+        )
+        if layout is None:
+            layout = self._draw_layouts(labels, num_tokens, layout_generators, None, layout_settings)
+        side = self.autoencoder.config.sample_size
+        tokens = self._draw_textures(
+            GPSTokens.from_geometry(self.prepare_layout(layout), (side, side)), labels, generators, latents, settings
+        )
+        return self._output(tokens, layout, output_type, return_dict)
+
+    def prepare_inputs(
+        self,
+        class_labels: Labels,
+        num_images_per_label: int = 1,
+        layout: Tensor | GPSTokens | LayoutBank | ImageLike | Sequence[ImageLike] | None = None,
+        num_tokens: int | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> tuple[list[int], Tensor | None, list[Generator], list[Generator]]:
+        """What the stages need of each of B pictures, from arguments as `__call__` takes them.
+
+        Returns: B class numbers; the given layouts (B, N, 5), or None; B generators of the texture, B of the layout.
+        """
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}.")
         labels = [label for label in self.label_ids(class_labels) for _ in range(num_images_per_label)]
@@ -286,13 +309,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         generators, layout_generators = self._seeded(generator, len(labels))
         if isinstance(layout, LayoutBank):
             layout = self._banked_layouts(layout, labels, num_tokens, layout_generators)
-        if layout is None:
-            layout = self._draw_layouts(labels, num_tokens, layout_generators, None, layout_settings)
-        side = self.autoencoder.config.sample_size
-        tokens = self._draw_textures(
-            GPSTokens.from_geometry(self.prepare_layout(layout), (side, side)), labels, generators, latents, settings
-        )
-        return self._output(tokens, layout, output_type, return_dict)
+        return labels, layout, generators, layout_generators
 
     def label_ids(self, class_labels: Labels, count: int | None = None) -> list[int]:
         """Labels by number or name as numbers, see [`class_labels.label_ids`].
@@ -435,6 +452,11 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         that is not one tile.
         """
         if isinstance(layout, GPSTokens):
+            if layout.tile_grid != (1, 1):
+                raise ValueError(
+                    f"A layout must be of one tile, got {layout.tile_grid[0]} x {layout.tile_grid[1]}: "
+                    "generate_texture takes larger ones, as tokens."
+                )
             layout = layout.geometry
         is_geometry = isinstance(layout, Tensor) and layout.shape[-1] == GEOMETRY_CHANNELS
         if is_geometry and layout.ndim in (2, 3) and layout.shape[-2] > 0:

@@ -61,6 +61,10 @@ def __getattr__(name):
     return getattr({package}, name)
 '''
 
+_BLOCKS_CODE = '"""Run by ModularPipeline.from_pretrained(<this folder>, trust_remote_code=True)."""\n\n' + (
+    "from gpstoken_diffusers.modular import GPSTokenBlocks\n"
+)
+
 
 class PortableFolderMixin:
     """Stands before `DiffusionPipeline`: what it saves, diffusers alone can load, and what it loads is checked.
@@ -70,11 +74,16 @@ class PortableFolderMixin:
     - the pipeline's own class, `GPSTokenPipeline.from_pretrained(folder)`, with installed code only;
     - `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, with nothing imported before.
 
+    and a third, into blocks: `ModularPipeline.from_pretrained(folder, trust_remote_code=True)`, see
+    `gpstoken_diffusers.modular`.
+
     A network alone comes by `diffusers.AutoModel.from_pretrained(folder, subfolder="transformer",
     trust_remote_code=True)`.
     """
 
     # ------------------------------------------------------------------ saving
+
+    _repository: str | None = None  # of the Hub, that the folder being written is for
 
     def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
         """Saves all components and what finds them again; arguments as in diffusers.
@@ -85,6 +94,7 @@ class PortableFolderMixin:
             raise ValueError(
                 f"{type(self).__name__} saves safetensors only, as it loads nothing else: leave out safe_serialization."
             )
+        self._repository = kwargs.get("repo_id")
         super().save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -100,6 +110,8 @@ class PortableFolderMixin:
             module, pipeline = index["_class_name"]
             code = _PIPELINE_CODE.format(package=_PACKAGE, install=_INSTALL, pipeline=pipeline)
             write_atomically(folder / f"{module}.py", code.encode())
+            for name, text in self._modular_files(index).items():
+                write_atomically(folder / name, text.encode())
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
@@ -120,6 +132,28 @@ class PortableFolderMixin:
         if _public_class(type(self).__name__) is type(self):
             index["_class_name"] = ["pipeline", type(self).__name__]
         return {**index, "auto_map": _AUTO_MAP, _FORMAT_KEY: _FORMAT}
+
+    def _modular_files(self, index: dict[str, Any]) -> dict[str, str]:
+        """What `ModularPipeline.from_pretrained` reads beside the components, see `gpstoken_diffusers.modular`."""
+        blocks = {"_class_name": "GPSTokenBlocks", "auto_map": {"ModularPipelineBlocks": "block.GPSTokenBlocks"}}
+        parts = {
+            name: [None, None, {
+                "type_hint": index[name],
+                "pretrained_model_name_or_path": self._repository,  # diffusers puts a local folder in its place
+                "subfolder": name,
+                "variant": None,
+                "revision": None,
+            }]
+            for name in self.components
+            if index[name][0] is not None
+        }  # fmt: skip
+        settings = {name: index[name] for name in ("id2label", "sampling_defaults") if name in index}
+        # diffusers makes pipelines of this name alone; the blocks come from auto_map.
+        modular = {"_class_name": "ModularPipeline", "_blocks_class_name": "GPSTokenBlocks", **parts, **settings}
+        files = {"modular_config.json": blocks, "modular_model_index.json": modular}
+        return {"block.py": _BLOCKS_CODE} | {
+            name: json.dumps(content, indent=2, sort_keys=True) + "\n" for name, content in files.items()
+        }
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in diffusers, which, however, never saves an optional component that was None at first."""

@@ -25,7 +25,7 @@ LAYERS = [
     ("schedulers",),
     ("evaluation",),
     ("training", "pipelines"),
-    ("cli", "benchmark", "comfyui_nodes", "__main__"),
+    ("cli", "benchmark", "comfyui_nodes", "modular", "__main__"),
 ]
 # Of one layer, and still apart: what both need lies in a lower one.
 APART = {"training": "pipelines", "pipelines": "training"}
@@ -36,6 +36,8 @@ def package_files() -> list[tuple[str, Path]]:
     files = []
     for folder in ("gpstoken_diffusers", "pipelines", "comfyui_nodes"):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if "gpstoken-mini" in path.parts:
+                continue  # what save_pretrained wrote, for diffusers to run
             relative = path.relative_to(ROOT).with_suffix("")
             parts = relative.parts[1:] if folder == "gpstoken_diffusers" else relative.parts
             files.append((".".join(parts), path))

@@ -32,7 +32,16 @@ from pathlib import Path
 
 import torch
 from generation.classifier import classification, fit_classifier
-from generation.pictures import DEFAULT_STEPS, batches, evenly_spread, generate, open_classes, read_square, reconstruct
+from generation.pictures import (
+    DEFAULT_STEPS,
+    GUIDERS,
+    batches,
+    evenly_spread,
+    generate,
+    open_classes,
+    read_square,
+    reconstruct,
+)
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -67,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_images_per_class", type=int, default=20)
     add("--guidance_scale", type=float, default=3.0, help="Of the textures; 1 is none.")
     add("--layout_guidance_scale", type=float, default=2.0, help="Of the layouts.")
+    add("--guider", choices=GUIDERS, help="Of diffusers, for the textures; default: the pipeline's own guidance.")
     add("--sampler", help="Name of a sampler (official-sde, heun, unipc, ...); default: the pipeline's own scheduler.")
     add("--steps", type=int, help=f"Steps of the textures; default: the sampler's own number, or {DEFAULT_STEPS}.")
     add("--seed", type=int, default=0, help="Each sample's seed follows from this, its class and its place in it.")
