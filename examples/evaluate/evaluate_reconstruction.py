@@ -5,10 +5,10 @@
         --models mini@64,128,256 vae-folder stabilityai/sdxl-vae gpstoken_L256.safetensors \\
         --baselines regions pca jpeg webp jpeg:75 --resolutions 256 512 --output runs/reconstruction
 
---models: "mini", the shipped one; an official single file of GPSToken; a folder or OWNER/NAME[/FOLDER] of the Hub with
-an AutoencoderGPSToken, AutoencoderKL, AutoencoderDC, AutoencoderTiny or VQModel. For GPSToken, @64,128 makes a row for
-each of these numbers of tokens per tile. Tiles of all released models have 256 px, so a picture of 512 px has four
-times as many.
+--models: "mini", the shipped one; "s64", "m128" or "l256", released ones, which are fetched; an official single file of
+GPSToken; a folder or OWNER/NAME[/FOLDER] of the Hub with an AutoencoderGPSToken, AutoencoderKL, AutoencoderDC,
+AutoencoderTiny or VQModel. For GPSToken, @64,128 makes a row for each of these numbers of tokens per tile. Tiles of all
+released models have 256 px, so a picture of 512 px has four times as many.
 
 --baselines, of each model in turn:
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokens
 from gpstoken_diffusers.assets import MINI
+from gpstoken_diffusers.models.hub_files import RELEASES
 from gpstoken_diffusers.ops.partition import max_tokens
 
 LATENTS = {
@@ -209,6 +210,8 @@ def class_of(place: str) -> str:
         OSError: no such file, or the Hub does not answer or does not know it.
     """
     path = MINI if place == "mini" else Path(place)
+    if _is_released(place):
+        return AutoencoderGPSToken.__name__
     if path.is_file() or path.suffix == ".safetensors":
         if path.suffix != ".safetensors":
             raise ValueError(f"{place} is no model: a folder or an official .safetensors file is expected")
@@ -237,6 +240,11 @@ def class_of(place: str) -> str:
     return name
 
 
+def _is_released(place: str) -> bool:
+    """Whether a place is the short name of a released tokenizer, and no folder or file of that name is here."""
+    return place in RELEASES and not Path(place).exists()
+
+
 def check_place(place: str, counts: list[int] | None) -> None:
     """Checks the autoencoder at a place and its numbers of tokens without loading it.
 
@@ -249,7 +257,7 @@ def check_place(place: str, counts: list[int] | None) -> None:
     if name != AutoencoderGPSToken.__name__:
         raise ValueError(f"{place} is an {name}, whose number of tokens cannot be chosen: leave out @...")
     config = {"sample_size": 256, "min_region_size": 8}  # of all that was released as single files
-    if not Path(place).is_file():
+    if not Path(place).is_file() and not _is_released(place):
         config |= AutoencoderGPSToken.load_config(**_location(place))
     for count in counts:
         check_tokens(f"{place}@{count}", count, config["sample_size"], config["min_region_size"])
@@ -276,7 +284,7 @@ def load_methods(place: str, counts: list[int] | None, device: str) -> list[Meth
     if name != AutoencoderGPSToken.__name__:
         model = _load_diffusers(place, name).to(device).eval()
         return [CodebookMethod(place, model) if name == "VQModel" else LatentMethod(place, model)]
-    if Path(place).is_file():
+    if Path(place).is_file() or _is_released(place):
         model = AutoencoderGPSToken.from_single_file(place)
     else:
         model = AutoencoderGPSToken.from_pretrained(**_location(place))
