@@ -10,13 +10,10 @@ order of its own before, which saves 3 to 7% of the time at 256 rows: too little
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__ = ["LEAST_ROWS", "run_linear"]
 
@@ -30,14 +27,6 @@ _TYPES = (Tensor, nn.Parameter)
 _DTYPES = [torch.float32]
 if _OPERATOR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _DTYPES.append(torch.bfloat16)
-
-
-def _operations(x_shape: tuple[int, ...], weight_shape: tuple[int, int], *_: object, **__: object) -> int:
-    return 2 * math.prod(x_shape) * weight_shape[0]
-
-
-if _OPERATOR is not None and _OPERATOR not in flop_registry:
-    register_flop_formula(_OPERATOR)(_operations)  # torch counts a linear layer's, but not this operator's
 
 
 def run_linear(layer: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:

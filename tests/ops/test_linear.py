@@ -221,6 +221,7 @@ def test_it_can_be_turned_off(monkeypatch):
 
 
 def test_operations_are_counted():
+    """torch's counter hooks all modules, and so sees their own calls, which it knows."""
     layer, x, counts = made(), rows(3, ROWS), []
     for is_inference in (True, False):
         with torch.inference_mode(is_inference), FlopCounterMode(display=False) as counter:
