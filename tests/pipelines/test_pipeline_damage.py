@@ -246,4 +246,4 @@ def test_local_paths_do_not_leak(folder, tmp_path):
     pipe.save_pretrained(tmp_path / "again")
     for file in (tmp_path / "again").rglob("*.*"):
         assert str(tmp_path).encode() not in file.read_bytes(), file
-        assert b"_name_or_path" not in file.read_bytes(), file
+        assert b'"_name_or_path"' not in file.read_bytes(), file  # diffusers has other names that end so
