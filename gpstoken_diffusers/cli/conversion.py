@@ -21,6 +21,7 @@ from .files import prepare_folder
 _WEIGHTS = r"diffusion_pytorch_model.*\.safetensors(\.index\.json)?"
 _OWN_FILE = re.compile(
     rf"config\.json|preprocessor_config\.json|{_WEIGHTS}|model_index\.json|pipeline\.py|"
+    r"block\.py|modular_config\.json|modular_model_index\.json|"
     rf"(autoencoder|transformer|layout_bank)/(config\.json|gpstoken_diffusers\.py|{_WEIGHTS})|"
     r"image_processor/(preprocessor_config\.json|gpstoken_diffusers\.py)|"
     r"scheduler/(scheduler_config\.json|gpstoken_diffusers\.py)"
