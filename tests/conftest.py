@@ -9,14 +9,17 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
-    """Groups for pytest-xdist: tests of one file share its fixtures, and all of ComfyUI's one server.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Several workers share files, as the tests of a file share fixtures. All of ComfyUI's tests share its servers."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    ComfyUI's is the longest group; with two workers it runs beside all the rest.
-    """
-    for item in items:
-        group = "comfyui" if "comfyui" in item.path.parts[-2:-1] else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "comfyui" if "/comfyui/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture
