@@ -92,7 +92,7 @@ class GPSEncode(io.ComfyNode):
             pixels = features["pixel_values"].to(model.load_device, autoencoder.dtype)
             found = autoencoder.encode(pixels, features["geometry"], features["regions"], progress=progress.share)
         tokens = found.tokens.to("cpu", torch.float32)  # whatever the networks compute in: tokens of two models mix
-        layout = tokens.with_tiles(features["geometry"], features["geometry"][..., :1] * 0)
+        layout = tokens.with_tiles(features["geometry"], features["geometry"][..., :0])
         return io.NodeOutput(tokens, layout, ui=ui.PreviewText(size_of(tokens)))  # web/encoded_size.js shows it
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from comfyui.comfyui_server import ComfyUIServer
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--use-angle=swiftshader", "--disable-dev-shm-usage"]
 _FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # the page asks for things from elsewhere
 _OURS = "/extensions/gpstoken"
+_TRANSLATED_HELP = re.compile(r"/docs/\w+/[\w-]+\.md\b")
 _LOAD_SECONDS = 90
 _SETTLE_SECONDS = 2  # moving the view and loading previews are animations: nothing says when they are over
 
@@ -169,8 +171,11 @@ class ComfyUIPage:
 
     @property
     def errors(self) -> list[str]:
-        """What the console, failed requests and uncaught exceptions have said of our files since the page opened."""
-        return [message for message in self._messages if _OURS in message]
+        """What the console, failed requests and uncaught exceptions have said of our files since the page opened.
+
+        The page asks for a translated help page first, and takes the other where there is none.
+        """
+        return [message for message in self._messages if _OURS in message and not _TRANSLATED_HELP.search(message)]
 
     @property
     def all_errors(self) -> list[str]:

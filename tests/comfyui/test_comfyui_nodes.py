@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 
@@ -77,18 +78,24 @@ class AnyName:
     RETURN_TYPES, FUNCTION, CATEGORY = ("COMBO",), "give", "tests"
 
 
-@pytest.mark.parametrize("kind, name", [("LoadGPSToken", "model_name"), ("LoadGPSTokens", "file")])
-def test_a_name_may_come_from_another_node(here, monkeypatch, kind, name):
+def validated(prompt: dict, node: str) -> tuple:
+    """In a thread of its own, as the one that drives a page has a running loop."""
     import execution
 
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, execution.validate_inputs("prompt", prompt, node, {})).result()
+
+
+@pytest.mark.parametrize("kind, name", [("LoadGPSToken", "model_name"), ("LoadGPSTokens", "file")])
+def test_a_name_may_come_from_another_node(here, monkeypatch, kind, name):
     monkeypatch.setitem(here.nodes.NODE_CLASS_MAPPINGS, "any name", AnyName)
     inputs = {"dtype": "auto"} if kind == "LoadGPSToken" else {}
     prompt = {"1": {"class_type": "any name", "inputs": {}}, "2": {"class_type": kind, "inputs": inputs}}
     prompt["2"]["inputs"][name] = ["1", 0]
-    valid, errors, _ = asyncio.run(execution.validate_inputs("prompt", prompt, "2", {}))
+    valid, errors, _ = validated(prompt, "2")
     assert valid, errors
     prompt["2"]["inputs"][name] = "no such"
-    valid, errors, _ = asyncio.run(execution.validate_inputs("prompt", prompt, "2", {}))
+    valid, errors, _ = validated(prompt, "2")
     assert not valid and "no such" in str(errors)
 
 

@@ -44,7 +44,7 @@ def test_it_is_small_complete_and_says_where_it_comes_from():
         assert part in card
     for path in sizes:
         if path.suffix == ".json":
-            assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
+            assert '"_name_or_path"' not in path.read_text(encoding="utf-8"), path
 
 
 def test_layouts_are_partitions(pipe, drawn):

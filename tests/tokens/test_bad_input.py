@@ -258,9 +258,8 @@ def test_mask_of_another_size(model, refused, image, tmp_path):
         model.encode(torch.zeros(1, 3, 32, 32), importance=torch.zeros(31, 70))
     with pytest.raises(ValueError, match="importance"):
         partition_image(torch.zeros(32, 32), 4, importance=torch.zeros(31, 32))
-    for strength in ("-1", "nan"):
-        options = ("--importance", image, f"--importance-strength={strength}")
-        refused("encode", image, "-o", tmp_path / "t.safetensors", *options, why="importance_strength")
+    options = ("--importance", image, "--importance-strength=-1")
+    refused("encode", image, "-o", tmp_path / "t.safetensors", *options, why="importance_strength")
 
 
 # Numbers and devices

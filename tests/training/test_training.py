@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -197,7 +198,8 @@ def test_killed_runs_go_on_as_if_they_had_not_been(photographs, whole, tmp_path)
     running = start_script([SCRIPT, *arguments(photographs, output, *more)], tmp_path)
     wait_for(output / "checkpoint-4")
     time.sleep(random.uniform(0, 0.3))
-    os.kill(running.processes[0], signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # a fast machine may be done by then
+        os.kill(running.processes[0], signal.SIGKILL)
     running.wait()
     train_apart(photographs, output, *more)
     assert_same_weights(whole, output)
