@@ -27,6 +27,29 @@ MINI = {
 MODELS = {"mini": MINI, **PRESETS}
 """Arguments of `AutoencoderGPSToken` by name: ours, and the three released sizes."""
 
+# Of "official" and "paper" alike.
+_RELEASED = {
+    "crop": "center",
+    "token_jitter": 0.0,
+    "max_train_steps": 1_000_000,
+    "optimizer": "adam",
+    "learning_rate": 5e-5,
+    "adam_betas": (0.5, 0.9),
+    "weight_decay": 0.0,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+    "ema_decay": 0.9999,
+    "mixed_precision": "no",
+    "l1_weight": 0.0,
+    "l2_weight": 1.0,
+    "perceptual_network": "lpips-vgg",
+    "perceptual_weight": 1.0,
+    "adversarial_weight": 0.3,
+    "critic_start": 600_000,
+    "critic_learning_rate": 5e-5,
+}
+
 RECIPES = {
     # Exact pixels, the best PSNR; blurs what it cannot know.
     "pixels": {},
@@ -39,55 +62,19 @@ RECIPES = {
     # What the official training script and its published configuration for L256 do, mistakes included. Left: its
     # average of the weights takes every tenth step.
     "official": {
-        "crop": "center",
-        "token_jitter": 0.0,
+        **_RELEASED,
         "batch_size": 16,
-        "max_train_steps": 1_000_000,
-        "optimizer": "adam",
-        "learning_rate": 5e-5,
-        "adam_betas": (0.5, 0.9),
-        "weight_decay": 0.0,
-        "lr_schedule": "constant",
-        "warmup_steps": 0,
-        "max_grad_norm": 0.0,
-        "ema_decay": 0.9999,
-        "mixed_precision": "no",
-        "l1_weight": 0.0,
-        "l2_weight": 1.0,
-        "perceptual_network": "lpips-vgg",
-        "perceptual_weight": 1.0,
         # The code feeds 0..510 into a network made for 0..255.
         "feature_network": "inception-official",
         "feature_weight": 1.0,
-        "adversarial_weight": 0.3,
-        "critic_start": 600_000,
         "critic_schedule": "alternating",
-        "critic_learning_rate": 5e-5,
         "critic_norm": "batch",
     },
     # What the paper's text says; where it says nothing, as the official code. examples/README.md has the differences.
     "paper": {
-        "crop": "center",
-        "token_jitter": 0.0,
+        **_RELEASED,
         "batch_size": 96,
-        "max_train_steps": 1_000_000,
-        "optimizer": "adam",
-        "learning_rate": 5e-5,
-        "adam_betas": (0.5, 0.9),
-        "weight_decay": 0.0,
-        "lr_schedule": "constant",
-        "warmup_steps": 0,
-        "max_grad_norm": 0.0,
-        "ema_decay": 0.9999,
-        "mixed_precision": "no",
-        "l1_weight": 0.0,
-        "l2_weight": 1.0,
-        "perceptual_network": "lpips-vgg",
-        "perceptual_weight": 1.0,
         "perceptual_start": 600_000,
-        "adversarial_weight": 0.3,
-        "critic_start": 600_000,
-        "critic_learning_rate": 5e-5,
     },
 }
 """Defaults of the command line that a recipe changes."""
