@@ -30,6 +30,12 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--l1_weight", type=AMOUNT, default=1.0)
     add("--l2_weight", type=AMOUNT, default=1.0)
+    add(
+        "--psnr_weight",
+        type=AMOUNT,
+        default=0.0,
+        help="Of minus the PSNR in dB, so that pictures with many tokens and small errors count as much as others.",
+    )
     add("--perceptual_weight", type=AMOUNT, default=0.0, help="Of the distance that --perceptual_network measures.")
     add("--feature_weight", type=AMOUNT, default=0.0, help="Of the distance that --feature_network measures.")
     add("--adversarial_weight", type=AMOUNT, default=0.0, help="Of the critic's opinion; 0 trains without a critic.")
@@ -62,7 +68,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
 class AutoencoderObjective(Objective):
     """Reconstruction, perceptual and adversarial losses, and validation on held-out pictures.
 
-    loss = l1 |x - y| + l2 (x - y)^2 + perceptual d(x, y) + features f(x, y) + adversarial w (-critic(x)), with the
+    loss = l1 |x - y| + l2 (x - y)^2 - p PSNR(x, y) + perceptual d(x, y) + features f(x, y) + adversarial w (-critic(x)), with the
     adaptive weight w of [`adaptive_weight`], which compares with the first three terms.
 
     Args:
@@ -112,6 +118,9 @@ class AutoencoderObjective(Objective):
         difference = output - target
         numbers = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
         loss = args.l1_weight * numbers["l1"] + args.l2_weight * numbers["l2"]
+        if args.psnr_weight:
+            numbers["psnr"] = -10 * (difference.square().mean((1, 2, 3)) / 4 + 1e-6).log10().mean()
+            loss = loss - args.psnr_weight * numbers["psnr"]
         if self.perceptual is not None and step >= args.perceptual_start:
             numbers["perceptual"] = self.perceptual(output, target).mean()
             loss = loss + args.perceptual_weight * numbers["perceptual"]
