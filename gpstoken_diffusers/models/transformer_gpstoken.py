@@ -60,6 +60,7 @@ class GPSTokenTransformerModel(
         learn_sigma: whether the last layer has a second, unused half, as in the released files.
         position_table: whether there is a table of `num_tokens` positions, as in the released files. It is used where
             no layout is given, and is never trained.
+        shared_modulation: see [`ConditionalBlock`].
     """
 
     _official = official_checkpoints.GENERATOR
@@ -83,6 +84,7 @@ class GPSTokenTransformerModel(
         latents_std: list[float] | None = None,
         learn_sigma: bool = False,
         position_table: bool = False,
+        shared_modulation: bool = False,
     ):
         super().__init__()
         if geometry_residual not in ("additive", "relative"):
@@ -93,7 +95,10 @@ class GPSTokenTransformerModel(
         self.layout_embedding = GaussianEmbedding(hidden_size, layout_frequencies)
         self.time_embedding = TimeEmbedding(hidden_size)
         self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
-        self.blocks = nn.ModuleList(ConditionalBlock(hidden_size, num_attention_heads) for _ in range(num_layers))
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size) if shared_modulation else nn.Identity()
+        self.blocks = nn.ModuleList(
+            ConditionalBlock(hidden_size, num_attention_heads, shared_modulation) for _ in range(num_layers)
+        )
         self.head = ConditionalHead(hidden_size, channels * (2 if learn_sigma else 1))
         initialise_generator(self)
         if position_table:
@@ -147,10 +152,11 @@ class GPSTokenTransformerModel(
             where = self.layout_embedding(layout, dtype)
         tokens = self.token_embedding(hidden_states.to(dtype)) + where
         condition = nn.functional.silu(self.time_embedding(timestep, dtype) + condition)
+        changes = self.modulation(condition)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, tokens, condition)
+                tokens = self._gradient_checkpointing_func(block, tokens, changes)
             else:
-                tokens = block(tokens, condition)
+                tokens = block(tokens, changes)
         velocity = self.head(tokens, condition)[..., :channels].to(hidden_states.dtype)
         return VelocityOutput(sample=velocity) if return_dict else (velocity,)

@@ -47,6 +47,7 @@ class GPSTokenLayoutModel(
         hidden_size, num_layers, num_attention_heads: the transformer.
         coordinate_frequencies: octaves of [`fourier_features`] by which the noisy latents are embedded.
         latents_mean, latents_std: four numbers each that standardise the latents; None for 0 and 1.
+        shared_modulation: see [`ConditionalBlock`].
 
     Precision: weights and arithmetic stay float32, whatever precision the model is loaded in or cast to; the model is
     small. Calibration makes whole pixels of what is drawn: roundings would give other regions, and the same seed
@@ -59,7 +60,7 @@ class GPSTokenLayoutModel(
     _skip_layerwise_casting_patterns = ["_embedding", "norm", "modulation", "head"]
     # All of it: for `from_pretrained`, and for layerwise casting, which leaves these as they are.
     _keep_in_fp32_modules = [
-        "token_embedding", "place_embedding", "time_embedding", "class_embedding", "blocks", "head",
+        "token_embedding", "place_embedding", "time_embedding", "class_embedding", "modulation", "blocks", "head",
     ]  # fmt: skip
 
     @register_to_config
@@ -73,6 +74,7 @@ class GPSTokenLayoutModel(
         coordinate_frequencies: int = 6,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        shared_modulation: bool = False,
     ):
         super().__init__()
         self._register_latents_scale(LAYOUT_CHANNELS, latents_mean, latents_std)
@@ -80,7 +82,10 @@ class GPSTokenLayoutModel(
         self.place_embedding = nn.Linear(2 * PLACE_FREQUENCIES, hidden_size)
         self.time_embedding = TimeEmbedding(hidden_size)
         self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
-        self.blocks = nn.ModuleList(ConditionalBlock(hidden_size, num_attention_heads) for _ in range(num_layers))
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size) if shared_modulation else nn.Identity()
+        self.blocks = nn.ModuleList(
+            ConditionalBlock(hidden_size, num_attention_heads, shared_modulation) for _ in range(num_layers)
+        )
         self.head = ConditionalHead(hidden_size, LAYOUT_CHANNELS)
         initialise_generator(self)
         self.gradient_checkpointing = False
@@ -124,11 +129,12 @@ class GPSTokenLayoutModel(
         tokens = self.token_embedding(torch.cat(features, dim=-1).to(dtype))
         tokens = tokens + self.place_embedding(fourier_features(place[:, None], PLACE_FREQUENCIES).to(dtype))
         condition = nn.functional.silu(self.time_embedding(timestep, dtype) + condition)
+        changes = self.modulation(condition)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, tokens, condition)
+                tokens = self._gradient_checkpointing_func(block, tokens, changes)
             else:
-                tokens = block(tokens, condition)
+                tokens = block(tokens, changes)
         velocity = self.head(tokens, condition).to(hidden_states.dtype)
         return VelocityOutput(sample=velocity) if return_dict else (velocity,)
 

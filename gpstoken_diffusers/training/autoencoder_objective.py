@@ -68,8 +68,8 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
 class AutoencoderObjective(Objective):
     """Reconstruction, perceptual and adversarial losses, and validation on held-out pictures.
 
-    loss = l1 |x - y| + l2 (x - y)^2 - p PSNR(x, y) + perceptual d(x, y) + features f(x, y) + adversarial w (-critic(x)), with the
-    adaptive weight w of [`adaptive_weight`], which compares with the first three terms.
+    loss = l1 |x - y| + l2 (x - y)^2 - p PSNR + perceptual d(x, y) + features f(x, y) + adversarial w (-critic(x)),
+    with the adaptive weight w of [`adaptive_weight`], which compares with the terms before f.
 
     Args:
         args: of `add_loss_arguments` and of the loop.
@@ -119,6 +119,7 @@ class AutoencoderObjective(Objective):
         numbers = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
         loss = args.l1_weight * numbers["l1"] + args.l2_weight * numbers["l2"]
         if args.psnr_weight:
+            # Without the 1e-6, 60 dB, a picture of one colour that comes out right would have a boundless gradient.
             numbers["psnr"] = -10 * (difference.square().mean((1, 2, 3)) / 4 + 1e-6).log10().mean()
             loss = loss - args.psnr_weight * numbers["psnr"]
         if self.perceptual is not None and step >= args.perceptual_start:

@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], list[Tens
     "map autoencoder": (lambda: tiny_model("map", decode_mode="merge"), autoencoder_outputs),
     "lattice autoencoder": (lambda: tiny_model("lattice", region_reading="flatten"), autoencoder_outputs),
     "transformer": (lambda: tiny_transformer(layout_frequencies=2), generator_outputs),
+    "transformer, shared modulation": (lambda: tiny_transformer(shared_modulation=True), generator_outputs),
     "layout model": (tiny_layout_model, generator_outputs),
 }
 

@@ -119,6 +119,19 @@ def test_time_class_and_layout_all_matter():
         assert (model(latents, time, labels, layout.flip(1)).sample - base).abs().max() > 1e-3
 
 
+def test_shared_modulation_is_one_matrix_for_all_blocks():
+    shared = tiny_transformer(shared_modulation=True, num_layers=3)
+    weights = shared.state_dict()
+    matrix, bias = weights.pop("modulation.weight"), weights.pop("modulation.bias")
+    for block in range(3):
+        weights[f"blocks.{block}.modulation.weight"] = matrix
+        weights[f"blocks.{block}.modulation.bias"] = bias + weights.pop(f"blocks.{block}.offset.bias")
+    separate = tiny_transformer(num_layers=3)
+    separate.load_state_dict(weights)
+    # Sums in another order: a few times float32's last bit of values near 1.
+    torch.testing.assert_close(shared(*inputs()).sample, separate(*inputs()).sample, rtol=0, atol=1e-5)
+
+
 def test_a_fresh_model_predicts_nothing():
     model = GPSTokenTransformerModel(texture_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2)
     assert model(*inputs()).sample.abs().max() == 0

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import curve, load_script, make_photographs, train_here, weights
 
 from gpstoken_diffusers import AutoencoderGPSToken
+from gpstoken_diffusers.evaluation.metrics import psnr
 from gpstoken_diffusers.training.autoencoder_objective import AutoencoderObjective, add_loss_arguments
 from gpstoken_diffusers.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 
@@ -57,7 +58,7 @@ def test_the_loss_is_the_sum_that_the_docstring_names():
     torch.manual_seed(0)
     model = tiny_model("lattice")
     line = ["--l1_weight", "2", "--l2_weight", "3", "--perceptual_weight", "0.5", "--feature_weight", "0.25"]
-    line += ["--adversarial_weight", "0.1", "--critic_channels", "4"]
+    line += ["--psnr_weight", "0.02", "--adversarial_weight", "0.1", "--critic_channels", "4"]
     objective = objective_of(model, *line, perceptual=squared, features=lambda a, b: 4 * squared(a, b))
     batch = batch_of(model)
     output = objective.forward(model, batch)
@@ -65,7 +66,8 @@ def test_the_loss_is_the_sum_that_the_docstring_names():
     difference = output - batch["pixel_values"]
     l1, l2 = difference.abs().mean(), difference.square().mean()
     judged = -objective.critic.network(output).mean()
-    compared = 2 * l1 + 3 * l2 + 0.5 * l2
+    decibels = psnr(output, batch["pixel_values"]).mean()
+    compared = 2 * l1 + 3 * l2 - 0.02 * decibels + 0.5 * l2
     # The adaptive weight by hand: norms of the two gradients at the last layer.
     norms = [
         torch.autograd.grad(loss, model.decoder.conv_out.weight, retain_graph=True)[0].norm()
@@ -73,7 +75,7 @@ def test_the_loss_is_the_sum_that_the_docstring_names():
     ]
     weight = norms[0] / (norms[1] + 1e-4)
     expected = compared + 0.25 * 4 * l2 + 0.1 * weight * judged
-    assert numbers["loss"].item() == pytest.approx(expected.item(), rel=1e-5)  # float32 sums
+    assert numbers["loss"].item() == pytest.approx(expected.item(), rel=1e-4)  # float32 sums, and the limit at 60 dB
     assert numbers["adaptive_weight"].item() == pytest.approx(weight.item(), rel=1e-5)
     assert not numbers["adaptive_weight"].requires_grad
 
