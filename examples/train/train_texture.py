@@ -26,6 +26,8 @@ from torch.utils.data import Dataset
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenTransformerModel
 from gpstoken_diffusers.assets import MINI
 from gpstoken_diffusers.training.generator_loop import add_training_arguments, load_pretrained, train_generator
+from gpstoken_diffusers.training.latent_scale import latents_statistics
+from gpstoken_diffusers.training.launch import SHARE
 from gpstoken_diffusers.training.previews import save_texture_preview
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
@@ -55,6 +57,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "of another tokenizer.",
     )
     add("--config", help="JSON file of GPSTokenTransformerModel arguments that replace the mini configuration's.")
+    add(
+        "--emphasis",
+        type=SHARE,
+        default=0.0,
+        help="Of latent channels that change the picture most. 0: every channel has the deviation 1; 1: as much as it "
+        "changes the picture.",
+    )
     add_training_arguments(parser)
     args = parser.parse_args(argv)
     if args.pretrained and args.config:
@@ -78,10 +87,12 @@ class TextureLatents(Dataset):
         return {"latents": latents, "layout": layout, "label": item["label"]}
 
 
-def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTransformerModel:
+def build_model(
+    args: argparse.Namespace, dataset: TokenDataset, autoencoder: AutoencoderGPSToken
+) -> GPSTokenTransformerModel:
     if args.pretrained:
         residual = GPSTokenTransformerModel.load_config(args.pretrained)["geometry_residual"]
-        statistics = latents_statistics(dataset, residual) if args.new_statistics else {}
+        statistics = latents_statistics(dataset, residual, autoencoder, args.emphasis) if args.new_statistics else {}
         model = load_pretrained(GPSTokenTransformerModel, args.pretrained, len(dataset.id2label), **statistics)
         if model.config.texture_channels != dataset.texture_channels:
             raise ValueError(
@@ -98,14 +109,9 @@ def build_model(args: argparse.Namespace, dataset: TokenDataset) -> GPSTokenTran
         "num_tokens": dataset.num_tokens,
         "num_classes": len(dataset.id2label),
     }
-    statistics = latents_statistics(dataset, config.get("geometry_residual", "additive"))
+    residual = config.get("geometry_residual", "additive")
+    statistics = latents_statistics(dataset, residual, autoencoder, args.emphasis)
     return GPSTokenTransformerModel(**data | statistics | config)
-
-
-def latents_statistics(dataset: TokenDataset, geometry_residual: str) -> dict[str, list[float]]:
-    """Mean and deviation of a dataset's latents, as arguments of the model."""
-    mean, std = dataset.statistics(geometry_residual)
-    return {"latents_mean": mean.tolist(), "latents_std": std.clamp(min=1e-6).tolist()}
 
 
 def velocity(model: nn.Module, batch: dict[str, Tensor], noisy: Tensor, time: Tensor) -> Tensor:
@@ -118,12 +124,12 @@ def main(argv: list[str] | None = None) -> None:
     dataset = TokenDataset(args.train_dir)
     if doubt := dataset.check_autoencoder(args.autoencoder):
         logger.warning("%s samples.png shows the textures by it.", doubt)
+    autoencoder = AutoencoderGPSToken.from_pretrained(args.autoencoder)
     torch.manual_seed(args.seed)
-    model = build_model(args, dataset)
+    model = build_model(args, dataset, autoencoder)
     shown = TokenDataset(args.validation_dir) if args.validation_dir else dataset
     shown.validates(dataset)
     validation = TextureLatents(shown, model) if args.validation_dir else None
-    autoencoder = AutoencoderGPSToken.from_pretrained(args.autoencoder)
 
     def draw_pictures(averaged: GPSTokenTransformerModel, step: int) -> None:
         save_texture_preview(averaged, autoencoder, shown, Path(args.output_dir) / "samples.png")

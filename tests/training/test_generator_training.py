@@ -23,6 +23,7 @@ from gpstoken_diffusers import (
     partition_image,
 )
 from gpstoken_diffusers.training.flow_matching import FlowMatchingSamples, flow_matching_loss
+from gpstoken_diffusers.training.latent_scale import LEAST_DEVIATION, latents_statistics, picture_shares
 from gpstoken_diffusers.training.token_dataset import (
     ORIGIN_FILE,
     TokenDataset,
@@ -291,7 +292,8 @@ def test_a_pretrained_model_of_other_classes_starts_them_as_no_class(tmp_path, s
     before.save_pretrained(tmp_path / "model")
     dataset = TokenDataset(made_up_dataset(tmp_path / "tokens", ("a", "b", "c")))
     args = ["--train_dir", str(tmp_path / "tokens"), "--output_dir", "x", "--pretrained", str(tmp_path / "model")]
-    model = script.build_model(script.parse_args(args), dataset).eval()
+    tokenizer = [None] if extra else []  # which the latents' scale alone would need
+    model = script.build_model(script.parse_args(args), dataset, *tokenizer).eval()
     assert model.config.num_classes == 3 and model.null_class == 3
     labels = torch.arange(4)
     layout = [dataset.layouts()[:4]] if extra else []
@@ -337,3 +339,23 @@ def test_a_model_goes_on_with_tokens_of_another_tokenizer(workplace):
         assert trained["latents_mean"] == pytest.approx(expected) and trained["latents_std"] == pytest.approx(known[1])
         before, after = weights(workplace / "first"), weights(workplace / output)
         assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-10) for name in before)
+
+
+@pytest.mark.parametrize("residual", ["additive", "relative"])
+def test_latents_are_scaled_by_how_much_they_change_the_picture(tmp_path, residual):
+    dataset, tokenizer = TokenDataset(made_up_dataset(tmp_path / "tokens")), tiny_model("lattice").eval()
+    plain = latents_statistics(dataset, residual, tokenizer, 0)
+    mean, std = dataset.statistics(residual)
+    assert plain["latents_mean"] == mean.tolist() and plain["latents_std"] == pytest.approx(std.tolist(), abs=1e-6)
+    shares = picture_shares(tokenizer, dataset, torch.tensor(plain["latents_std"]), residual)
+    assert shares.sum().item() == pytest.approx(1) and shares.max() > 2 * shares.min()
+    for emphasis in (0.5, 1.0):
+        scaled = latents_statistics(dataset, residual, tokenizer, emphasis)
+        assert scaled["latents_mean"] == plain["latents_mean"]
+        deviation = torch.tensor(plain["latents_std"]) / torch.tensor(scaled["latents_std"])
+        expected = (shares / shares.max()).pow(emphasis / 2).clamp(min=LEAST_DEVIATION)
+        torch.testing.assert_close(deviation, expected, rtol=1e-4, atol=0)
+    # With 1, equal noise in two channels is equal noise in the picture. 0.3: the network is not quite linear.
+    free = deviation > LEAST_DEVIATION
+    equal = picture_shares(tokenizer, dataset, torch.tensor(scaled["latents_std"]), residual)[free]
+    assert free.sum() >= 4 and equal.max() / equal.min() < 1.3
