@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from gpstoken_diffusers import (
@@ -22,6 +21,7 @@ from gpstoken_diffusers import (
 )
 from gpstoken_diffusers.assets import MINI
 from gpstoken_diffusers.schedulers.presets import SAMPLER_PRESETS, make_sampler
+from gpstoken_diffusers.training.checkpoints import round_weights
 from gpstoken_diffusers.training.token_dataset import TokenDataset
 
 
@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         layout_scheduler=make_sampler(args.sampler)[0] if layout_model else None,
         id2label=dataset.id2label,
     )
-    pipe.to(getattr(torch, args.dtype)).save_pretrained(args.output)
+    for model in (autoencoder, transformer, layout_model):
+        if model is not None:
+            round_weights(model, args.dtype)
+    pipe.save_pretrained(args.output)
     # With its processor beside it, the tokenizer's folder can be used alone.
     tokenizer_processor(args.autoencoder, autoencoder).save_pretrained(args.output / "autoencoder")
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())

@@ -9,8 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -158,3 +160,12 @@ def resume_checkpoint(accelerator: Accelerator, output_dir: Path, wanted: str | 
         accelerator.load_state(str(checkpoint))
     else:
         logger.info("No checkpoint in %s yet: starting from the beginning.", output_dir)
+
+
+def round_weights(model: nn.Module, dtype: str) -> None:
+    """Make weights what they are to be saved as: "float32", "bfloat16" or "float16".
+
+    `model.to` leaves a layout model as it is, which computes in float32 alone; loaded again, it does so again.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))

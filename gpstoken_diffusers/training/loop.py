@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..safe_files import replace_folder
-from .checkpoints import check_checkpoint, claim_output_dir, resume_checkpoint, save_checkpoint
+from .checkpoints import check_checkpoint, claim_output_dir, resume_checkpoint, round_weights, save_checkpoint
 from .launch import start_trackers
 from .objective import Objective
 from .optimization import build_optimizer, learning_rate_scale
@@ -286,8 +286,7 @@ class _Run:
             return
         averaged = copy.deepcopy(self.plain)
         self.ema.copy_to(averaged.parameters())
-        if self.args.save_dtype != "float32":  # which it is
-            averaged.to(getattr(torch, self.args.save_dtype))
+        round_weights(averaged, self.args.save_dtype)
         folder = self.output_dir / "model"
         try:
             with replace_folder(folder) as fresh:

@@ -219,6 +219,10 @@ def test_both_stages_make_a_pipeline(workplace):
     pipe = assemble(workplace / "pipeline", **parts, tokens=workplace / "tokens")
     assert pipe.id2label == {0: "calm", 1: "loud"}
     assert pipe("loud", num_inference_steps=2, layout_num_inference_steps=2).images[0].size == (32, 32)
+    for part in ("autoencoder", "transformer", "layout_model"):  # the layout model too, which computes in float32 alone
+        saved = load_file(workplace / "pipeline" / part / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float16}, part
+    assert pipe.layout_model.dtype == torch.float32
     # The tokenizer's folder is of use by itself.
     assert GPSTokenImageProcessor.from_pretrained(workplace / "pipeline" / "autoencoder").tile_size == 32
     made_up_dataset(workplace / "swapped", ("loud", "calm"))
