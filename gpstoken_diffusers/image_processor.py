@@ -222,6 +222,11 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         """Applies the resize and crop policy: (C, H, W) each -> (B, C, H', W')."""
         fitted = []
         for picture in pictures:
+            if self.shortest_edge is not None and self.center_crop:
+                # Nobody sees the far ends of a thin strip, and at the height of a tile they would fill the memory.
+                height, width = picture.shape[-2:]
+                top, left = (max(0, (side - _STRIP * min(height, width)) // 2) for side in (height, width))
+                picture = picture[:, top : height - top, left : width - left]
             height, width = picture.shape[-2:]
             if self.shortest_edge is not None and min(height, width) != self.shortest_edge:
                 scale = self.shortest_edge / min(height, width)
@@ -329,6 +334,9 @@ def _check_unit_floats(values: Tensor, what: str) -> None:
 
 # Rows of a large picture to convert at once, so that intermediate values do not exist for all of it.
 _ROWS_AT_ONCE = 256
+
+# Sides of its centre square that are scaled of a long picture: enough that the square comes out the same.
+_STRIP = 8
 
 # v / 127.5 - 1 of all 8-bit values v, rounded once.
 _VALUE_OF_BYTE = (np.arange(256) / 127.5 - 1).astype(np.float32)

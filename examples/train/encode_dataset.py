@@ -54,8 +54,8 @@ from gpstoken_diffusers.training.labelled_pictures import (
     LabelledDataset,
     LabelledShards,
     change_view,
-    load_picture,
     open_labelled,
+    read_labelled,
 )
 from gpstoken_diffusers.training.launch import COUNT, NATURAL
 from gpstoken_diffusers.training.token_dataset import (
@@ -99,7 +99,10 @@ class EncoderInputs(Dataset):
     """What the autoencoder takes, by batches: index (shard, first item, number of items) -> a batch.
 
     A batch: `shard` and `count` as in the index; `features` for `AutoencoderGPSToken.encode`, or None where no picture
-    could be read; `names` and `labels` of the items in it; `skipped`, picture -> reason.
+    could be read; `names` and `labels` of the items in it; `skipped`, picture -> reason. In place of a batch comes the
+    OSError that ends the work, for the main process to raise.
+
+    Features are NumPy's, as tensors would come through shared memory, of which containers often have 64 MB.
     """
 
     def __init__(
@@ -108,15 +111,20 @@ class EncoderInputs(Dataset):
         self.pictures, self.processor = pictures, processor
         self.views, self.flip = args.views, args.flip
 
-    def __getitem__(self, batch: tuple[int, int, int]) -> dict[str, Any]:
+    def __getitem__(self, batch: tuple[int, int, int]) -> dict[str, Any] | OSError:
+        try:
+            return self._read(batch)
+        except OSError as error:
+            return error
+
+    def _read(self, batch: tuple[int, int, int]) -> dict[str, Any]:
         shard, first, count = batch
         images, names, labels, skipped = [], [], [], {}
         for picture, items in itertools.groupby(range(first, first + count), lambda item: item // self.views):
             name = self.pictures.names[picture]
-            try:
-                image = load_picture(self.pictures.open(picture))
-            except ValueError as error:
-                skipped[name] = str(error)
+            image, reason = read_labelled(self.pictures, picture)
+            if image is None:
+                skipped[name] = reason
                 continue
             for item in items:
                 view = item % self.views
@@ -124,7 +132,7 @@ class EncoderInputs(Dataset):
                 images.append(changed)
                 names.append((name, view))
                 labels.append(self.pictures.labels[picture])
-        features = dict(self.processor(images)) if images else None
+        features = {name: tensor.numpy() for name, tensor in self.processor(images).items()} if images else None
         content = {"features": features, "names": names, "labels": labels, "skipped": skipped}
         return {"shard": shard, "count": count, **content}
 
@@ -180,6 +188,23 @@ def missing_shards(output: Path, plan: Plan, settings: dict[str, Any]) -> list[i
     return missing
 
 
+def arriving(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of a loader of [`EncoderInputs`]. Raises OSError: pictures are out of reach, or a process died."""
+    try:
+        for batch in loader:
+            if isinstance(batch, OSError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a process that reads pictures has ended ({str(error).splitlines()[0]}). Is there memory enough for "
+            f"{loader.num_workers} of them? Fewer --num_workers or a smaller --batch_size take less; finished shards "
+            "are kept."
+        ) from error
+
+
 @torch.no_grad()
 def encode_shards(
     model: AutoencoderGPSToken, loader: DataLoader, settings: dict[str, Any], output: Path, quiet: bool
@@ -189,7 +214,7 @@ def encode_shards(
     num_tokens, channels = settings["num_tokens"], model.config.texture_channels
     written = 0
     progress = tqdm(total=sum(count for _, _, count in loader.sampler), disable=quiet, unit="picture", smoothing=0.05)
-    for shard, batches in itertools.groupby(loader, key=lambda batch: batch["shard"]):
+    for shard, batches in itertools.groupby(arriving(loader), key=lambda batch: batch["shard"]):
         # An empty part first: a shard without a readable picture has its tensors too.
         parts = [(torch.empty(0, num_tokens, 5), torch.empty(0, num_tokens, 5), torch.empty(0, num_tokens, channels))]
         names, labels, skipped = [], [], {}
@@ -198,7 +223,7 @@ def encode_shards(
             labels += batch["labels"]
             skipped |= batch["skipped"]
             if batch["features"] is not None:
-                features = {name: tensor.to(device) for name, tensor in batch["features"].items()}
+                features = {name: torch.from_numpy(array).to(device) for name, array in batch["features"].items()}
                 tokens = model.encode(**features).tokens
                 parts.append((features["geometry"].cpu(), tokens.geometry.cpu(), tokens.texture.cpu()))
             progress.update(batch["count"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Kinds of columns of a dataset, and the option that names one.
 _KINDS = {"Image": "--image_column", "ClassLabel": "--label_column"}
+_SYSTEM_IS_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _LABEL_NAMES = ("label", "labels", "class", "cls")
 VIEW_SCALE = (0.8, 1.1)
 """How large [`change_view`] may make a picture."""
@@ -52,6 +54,7 @@ class ClassFolders:
             logger.warning("%s: %s", folder, line)
         self.id2label = dict(enumerate(classes or [folder.resolve().name]))
         self.names, self.paths = list(files), list(files.values())
+        self._sizes = [path.stat().st_size if path.is_file() else -1 for path in self.paths]  # -1: gone meanwhile
         numbers = {name: label for label, name in self.id2label.items()}
         self.labels = [numbers[name.partition("/")[0]] if classes else 0 for name in files]
 
@@ -61,11 +64,15 @@ class ClassFolders:
     def open(self, index: int) -> Path:
         return self.paths[index]
 
+    def is_there(self) -> bool:
+        """Whether any of the pictures is still there; else their disk may be gone."""
+        return any(path.exists() for path in self.paths)
+
     def fingerprint(self) -> str:
         """Changes with the names, classes and sizes of the files."""
         digest = hashlib.sha256()
-        for name, path in zip(self.names, self.paths, strict=True):
-            digest.update(os.fsencode(f"{name}\0{path.stat().st_size}\n"))
+        for name, size in zip(self.names, self._sizes, strict=True):
+            digest.update(os.fsencode(f"{name}\0{size}\n"))
         return digest.hexdigest()
 
 
@@ -90,6 +97,10 @@ class LabelledShards:
 
     def open(self, index: int) -> io.BytesIO:
         return self.pictures.open(index)
+
+    def is_there(self) -> bool:
+        """As [`ClassFolders.is_there`]."""
+        return any(shard.exists() for shard in self.pictures.shards)
 
     def fingerprint(self) -> str:
         """Changes with the names, classes and sizes of the files."""
@@ -158,8 +169,13 @@ class LabelledDataset:
         return len(self.labels)
 
     def open(self, index: int) -> Path | io.BytesIO:
-        image = self._images[index][self._column]
+        image = self._images[index][self._column] or {"bytes": b"", "path": None}  # a row may be without a picture
         return io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
+
+    def is_there(self) -> bool:
+        """As [`ClassFolders.is_there`]."""
+        places = (self.open(index) for index in range(len(self)))
+        return any(isinstance(place, io.BytesIO) or place.exists() for place in places)
 
     def fingerprint(self) -> str:
         """As `datasets` computes it from how the dataset came to be."""
@@ -198,8 +214,8 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
     """A picture, upright, in sRGB: in mode RGBA where it has transparency, else RGB.
 
     Raises:
-        ValueError: the file is no picture, or damaged, or may not be read.
-        OSError: the file cannot be read, through no fault of its own: the disk may be back later.
+        ValueError: the file is no picture, or damaged.
+        OSError: the system cannot read it.
     """
     try:
         with open_picture(file) as image:
@@ -209,10 +225,35 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError("not an image in a format that Pillow reads") from error
     except Exception as error:  # whatever Pillow raises
-        own = isinstance(error, OSError) and error.errno is not None  # the system's, not Pillow's about the content
-        if own and not isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's about the content
             raise
         raise ValueError(f"damaged ({str(error) or type(error).__name__})") from error
+
+
+def read_labelled(
+    pictures: ClassFolders | LabelledShards | LabelledDataset, index: int
+) -> tuple[Image.Image, None] | tuple[None, str]:
+    """A picture as [`load_picture`] gives it and None, or None and why it cannot be read.
+
+    Whatever a picture raises is its own error: it may be gone, damaged, or out of reach since the list was made.
+
+    Raises OSError: no fault of this picture, as none of them is there or the process may open no more files.
+    """
+    try:
+        return load_picture(pictures.open(index)), None
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno in _SYSTEM_IS_FULL:
+            raise
+        if not pictures.is_there():
+            raise OSError(
+                error.errno, "none of the pictures is there any more: is their disk there?", pictures.names[index]
+            ) from error
+        # Without its path: where pictures lie on this computer is private.
+        return None, f"cannot be read ({error.strerror})"
+    except Exception as error:
+        return None, str(error) or type(error).__name__
 
 
 def change_view(image: Image.Image, size: int, name: str, view: int, flip: bool) -> Image.Image:

@@ -93,4 +93,6 @@ def write_model_card(
         else "None: it was trained without `--validation_dir`.",
         **{name: model.config[name] for name in ("num_tokens", "texture_channels", "sample_size")},
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(
+        text, encoding="utf-8", errors="backslashreplace"
+    )  # a folder's name may be no UTF-8

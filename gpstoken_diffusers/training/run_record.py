@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class RunState:
         """Brings together what all processes have skipped, and lists it in skipped.txt. Every process must call it."""
         self.skip(gather_object(list(self.skipped)))
         if self.skipped and is_main_process:
-            write_atomically(output_dir / "skipped.txt", "".join(f"{name}\n" for name in self.skipped).encode())
+            write_atomically(output_dir / "skipped.txt", os.fsencode("".join(f"{name}\n" for name in self.skipped)))
 
     def state_dict(self) -> dict:
         return {

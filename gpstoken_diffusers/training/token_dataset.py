@@ -105,7 +105,7 @@ def write_shard(
                 "try float32."
             )
     header = {"version": DATASET_FORMAT_VERSION, "settings": settings, "names": list(names), "skipped": skipped or {}}
-    text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"))  # in ASCII: a name may be no UTF-8
     contiguous = {name: tensors[name].contiguous() for name in _TENSORS}
     # One key for all: safetensors writes several in a random order, and equal shards shall be equal bytes.
     write_atomically(path, safetensors_bytes(contiguous, metadata={DATASET_FORMAT: text}))
@@ -188,7 +188,7 @@ def write_index(folder: str | os.PathLike, num_shards: int, description: Mapping
         "skipped": dict(sorted(skipped.items())),
         "shards": shards,
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=1) + "\n"  # in ASCII, as above
     write_atomically(folder / INDEX_FILE, text.encode("utf-8"))
     return json.loads(text)
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import encode_dataset
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -217,6 +218,91 @@ def test_bfloat16_is_stored_in_16_bits(encode, whole, tmp_path):
 def test_workers_change_nothing(encode, whole, tmp_path):
     assert encode(tmp_path / "workers", "--num_workers", "2") == 0
     assert files(tmp_path / "workers") == files(whole)
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (Path.unlink, "cannot be read (No such file or directory)"),
+    (to_folder, "cannot be read (Is a directory)"),
+    (to_loop, "cannot be read (Too many levels of symbolic links)"),
+    (lambda path: shutil.rmtree(path.parent), "cannot be read (No such file or directory)"),
+    (lambda path: path.write_bytes(b""), "not an image in a format that Pillow reads"),
+])  # fmt: skip
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_picture_that_is_gone_since_the_list_was_made_is_left_out(
+    encode, whole, pictures, tmp_path, monkeypatch, caplog, change, reason, workers
+):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    real = encode_dataset.missing_shards  # the last that is done before pictures are read
+    monkeypatch.setattr(
+        encode_dataset, "missing_shards", lambda *args: (change(data / "ant" / "deep" / "y.png"), real(*args))[1]
+    )
+    assert encode(tmp_path / "out", "--data", str(data), "--num_workers", workers) == 0
+    dataset, complete = TokenDataset(tmp_path / "out"), TokenDataset(whole)
+    assert dataset.description["skipped"]["ant/deep/y.png"] == reason
+    assert f"2 pictures could not be read and were left out:\n  ant/deep/y.png: {reason}" in caplog.text
+    assert [dataset.name(index) for index in range(9)] == [complete.name(index) for index in range(3, 12)]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_disk_that_is_gone_leaves_no_picture_out(encode, pictures, tmp_path, monkeypatch, capsys, workers):
+    data, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(pictures, data)
+    real = encode_dataset.missing_shards
+    monkeypatch.setattr(
+        encode_dataset, "missing_shards", lambda *args: (data.rename(tmp_path / "away"), real(*args))[1]
+    )
+    assert encode(output, "--data", str(data), "--num_workers", workers) == 1
+    said = capsys.readouterr().err
+    assert "is their disk there?" in said and "Traceback" not in said
+    (tmp_path / "away").rename(data)
+    monkeypatch.setattr(encode_dataset, "missing_shards", real)
+    assert encode(output, "--data", str(data)) == 0
+    assert TokenDataset(output).description["skipped"].keys() == {"ant/z.png"}
+
+
+def end_by_force(path: Path) -> None:
+    if torch.utils.data.get_worker_info():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(encode, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode_dataset, "read_labelled", lambda pictures, index: end_by_force(pictures.open(index)))
+    assert encode(tmp_path / "out", "--num_workers", "2") == 1
+    said = capsys.readouterr().err
+    assert "a process that reads pictures has ended" in said and "Traceback" not in said
+
+
+def test_pixels_come_without_shared_memory(pictures, model_folder):
+    """torch sends tensors of worker processes through /dev/shm, NumPy's arrays go through a pipe."""
+    processor = GPSTokenImageProcessor(shortest_edge=32, center_crop=True, tile_size=32, num_tokens=5)
+    args = encode_dataset.parse_args(["--data", str(pictures), "--output", "unused"])
+    inputs = encode_dataset.EncoderInputs(encode_dataset.open_labelled(str(pictures), "train"), processor, args)
+    batch = inputs[0, 0, 3]
+    assert {type(value) for value in batch["features"].values()} == {np.ndarray}
+
+
+def test_odd_names_and_shapes_are_pictures_too(encode, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    smooth_picture(1).save(folder / "plain.png")
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes((folder / "plain.png").read_bytes())
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xe9.png")).write_bytes(b"no picture")
+    smooth_picture(2, (5000, 1)).save(folder / "thin.png")
+    smooth_picture(3, (1, 1)).save(folder / "dot.png")
+    assert encode(tmp_path / "out", "--data", str(folder)) == 0
+    dataset = TokenDataset(tmp_path / "out")
+    assert len(dataset) == 4 * 3 and len(dataset.description["skipped"]) == 1
 
 
 def test_a_folder_of_pictures_is_one_class(encode, tmp_path):

@@ -141,3 +141,24 @@ def test_bad_input_is_refused(name):
     call, error, message = BAD_INPUTS[name]
     with pytest.raises(error, match=message):
         call(GPSTokenImageProcessor(**SMALL))
+
+
+@pytest.mark.parametrize("height, width", [(1, 3000), (3000, 1), (6, 999), (999, 5), (40, 400)])
+def test_a_strip_is_cut_before_it_is_scaled(monkeypatch, height, width):
+    """At a tile's height, the whole of a 1 x 3000 px picture would take hundreds of times the memory of the tile."""
+    real, largest = torch.nn.functional.interpolate, []
+
+    def interpolate(image, size, **how):
+        largest.append(max(size))
+        return real(image, size, **how)
+
+    monkeypatch.setattr("gpstoken_diffusers.image_processor.F.interpolate", interpolate)
+    strip = Image.fromarray(picture(3, 12)).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = GPSTokenImageProcessor(**SMALL, shortest_edge=32, center_crop=True)(strip)["pixel_values"]
+    assert max(largest) <= 32 * 9
+    scale = 32 / min(height, width)
+    whole = pixel_values(torch.from_numpy(np.array(strip)))
+    scaled = real(whole, (round(height * scale), round(width * scale)), mode="bicubic", antialias=True)
+    top, left = ((side - 32) // 2 for side in scaled.shape[-2:])
+    # Rounded lengths move one against the other by up to half a pixel.
+    torch.testing.assert_close(pixels, scaled[..., top : top + 32, left : left + 32].clamp(-1, 1), atol=0.1, rtol=0)
