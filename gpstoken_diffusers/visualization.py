@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from .geometry import CENTER, RHO, SIGMA
 from .ops.splat import splat_gaussians
+from .safe_files import write_atomically
 from .tokens import GPSTokens
 
 STYLES = ("glow", "ellipses")
@@ -154,6 +157,12 @@ def picture_grid(pictures: Sequence[Image.Image], columns: int | None = None, ga
         row, column = divmod(place, columns)
         sheet.paste(picture.convert("RGB"), (gap + column * (width + gap), gap + row * (height + gap)))
     return sheet
+
+
+def write_png(picture: Image.Image, path: str | os.PathLike) -> None:
+    """Writes a PNG whole or not at all: who looks while a run draws sees the old picture. Raises OSError."""
+    picture.save(data := io.BytesIO(), "PNG")
+    write_atomically(path, data.getvalue())
 
 
 def _geometry_px(tokens: GPSTokens, height: int, width: int) -> Tensor:

@@ -27,7 +27,7 @@ from gpstoken_diffusers.token_editing import (
     scale_tokens,
     select_by_mask,
 )
-from gpstoken_diffusers.visualization import panel
+from gpstoken_diffusers.visualization import panel, write_png
 
 # The kingfisher's outline in the photograph, (x, y) in pixels.
 OUTLINE = [(185, 140), (210, 75), (270, 45), (335, 70), (350, 95), (435, 130), (425, 145), (348, 145), (355, 205)]
@@ -86,7 +86,7 @@ def main() -> None:
     sheet = Image.new("RGB", (rows[0].width, rows[0].height + rows[1].height))
     sheet.paste(rows[0], (0, 0))
     sheet.paste(rows[1], (0, rows[0].height))
-    sheet.save(output)
+    write_png(sheet, output)
     print(f"{output}: {tokens}")
 
 

@@ -54,7 +54,7 @@ from gpstoken_diffusers.evaluation.weight_files import CACHE
 from gpstoken_diffusers.safe_files import write_atomically
 from gpstoken_diffusers.training.data import to_pixel_values
 from gpstoken_diffusers.training.labelled_pictures import ClassFolders
-from gpstoken_diffusers.visualization import panel, picture_grid
+from gpstoken_diffusers.visualization import panel, picture_grid, write_png
 
 COLUMNS = 8
 """Pictures in a row of samples.png."""
@@ -195,8 +195,9 @@ def evaluate(args: argparse.Namespace, network: nn.Module | None = None) -> dict
 
     side, size = pipe.autoencoder.config.sample_size, args.batch_size
     row = min(COLUMNS, args.num_images_per_class)
-    picture_grid([read_square(path, side) for path in paths if int(path.stem) < row], row).save(
-        args.output / "samples.png"
+    write_png(
+        picture_grid([read_square(path, side) for path in paths if int(path.stem) < row], row),
+        args.output / "samples.png",
     )
     chosen = evenly_spread(range(len(heldout)), args.max_reconstructions)
     copies = evenly_spread(range(len(train)), args.max_reconstructions)
@@ -214,7 +215,7 @@ def evaluate(args: argparse.Namespace, network: nn.Module | None = None) -> dict
     }
     sets |= {name: describe(network, pictures, count, name, args) for name, (pictures, count) in made.items()}
     references = {kind: torch.cat([sets["train"][kind], sets["mirrored"][kind]]) for kind in sets["train"]}
-    neighbours_sheet(paths, sets["samples"], train.paths, references).save(args.output / "neighbours.png")
+    write_png(neighbours_sheet(paths, sets["samples"], train.paths, references), args.output / "neighbours.png")
 
     classify = fit_classifier(references["features"], train_labels.repeat(2), len(names))
     truth = {"held-out": heldout_labels, "held-out reconstructed": heldout_labels[chosen]}
@@ -298,10 +299,10 @@ def main(argv: list[str] | None = None, network: nn.Module | None = None) -> int
         print(f"error: {error}", file=sys.stderr)
         return 1
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    (args.output / "results.json").write_text(
-        json.dumps({"settings": settings} | results, indent=2) + "\n", encoding="utf-8"
+    write_atomically(
+        args.output / "results.json", (json.dumps({"settings": settings} | results, indent=2) + "\n").encode()
     )
-    (args.output / "results.md").write_text(markdown(results), encoding="utf-8")
+    write_atomically(args.output / "results.md", markdown(results).encode(errors="backslashreplace"))
     print(markdown(results))
     return 0
 

@@ -73,6 +73,7 @@ from reconstruction.squares import Squares
 from gpstoken_diffusers.evaluation.weight_files import CACHE
 from gpstoken_diffusers.safe_files import write_atomically
 from gpstoken_diffusers.training.pictures import open_pictures
+from gpstoken_diffusers.visualization import write_png
 
 BASELINES = ("shuffled", "initial", "regions", "pca", *CODECS)
 
@@ -284,11 +285,11 @@ def write_report(results: Results, args: argparse.Namespace) -> str:
             "results.json": json_report(results.rows, names, settings=settings, notes=notes),
         }
         for name, content in files.items():
-            write_atomically(args.output / name, content.encode())
+            write_atomically(args.output / name, content.encode(errors="backslashreplace"))
         for row in results.rows:
             if sheet := case_sheet(row):
                 name = re.sub(r"[^\w@.-]+", "_", row.method)[-100:].strip("_.")
-                sheet.save(args.output / f"cases_{name}_{row.resolution}px.png")
+                write_png(sheet, args.output / f"cases_{name}_{row.resolution}px.png")
     return text
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..evaluation.metrics import psnr, ssim
 from ..image_processor import GPSTokenImageProcessor
-from ..visualization import picture_grid
+from ..visualization import picture_grid, write_png
 from .data import center_crop, to_pixel_values
 from .discriminator import PatchCritic, PatchDiscriminator, adaptive_weight
 from .launch import AMOUNT, COUNT, NATURAL, RATE, SHARE
@@ -149,7 +149,7 @@ class AutoencoderObjective(Objective):
                 distances = [self.judge(*pair) for pair in zip(outputs.split(4), images.split(4), strict=True)]
                 figures[f"judge{suffix}"] = torch.cat(distances).mean().item()
             sheet = picture_sheet(images, outputs)
-            sheet.save(Path(self.args.output_dir) / f"validation{suffix}.png")
+            write_png(sheet, Path(self.args.output_dir) / f"validation{suffix}.png")
             self.pictures[f"validation{suffix}"] = np.asarray(sheet)[None]
         return figures
 

@@ -17,7 +17,7 @@ from ..schedulers.integration import integrate_flow
 from ..schedulers.noise import draw_noise, sample_generators
 from ..schedulers.presets import make_sampler
 from ..tokens import GEOMETRY_CHANNELS, GPSTokens
-from ..visualization import picture_grid, visualize_gaussians
+from ..visualization import picture_grid, visualize_gaussians, write_png
 from .token_dataset import TokenDataset
 
 # Few steps, so that training is not held up, of a solver that is right with few.
@@ -64,7 +64,7 @@ def save_texture_preview(
         latents = _sample(network, shape, labels, model.null_class, TEXTURE_GUIDANCE)
         tokens = GPSTokens(*model.from_latents(layout, latents), dataset.image_size)
         pictures += processor.postprocess(autoencoder.to(device).decode(tokens.to(autoencoder.dtype)).sample)
-    picture_grid(pictures, COLUMNS).save(path)
+    write_png(picture_grid(pictures, COLUMNS), path)
 
 
 @torch.no_grad()
@@ -84,4 +84,4 @@ def save_layout_preview(model: GPSTokenLayoutModel, dataset: TokenDataset, min_r
             model.from_latents(latents).cpu(), image_size=dataset.image_size, min_region_size=min_region_size
         ).geometry
         pictures += visualize_gaussians(layout, style="ellipses", size=dataset.image_size)
-    picture_grid(pictures, COLUMNS).save(path)
+    write_png(picture_grid(pictures, COLUMNS), path)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pipeline_zoo import tiny_layout_model, tiny_pipeline, tiny_transformer
+from test_autoencoder_objective import objective_of
 from test_generator_training import made_up_dataset
 
 from gpstoken_diffusers import GPSTokens, make_sampler
@@ -62,3 +66,29 @@ def test_layouts_are_those_of_the_pipeline(dataset, tmp_path):
         layout = pipe.generate_layout([label] * previews.COLUMNS, generator=seeds(), **options)
         pictures += visualize_gaussians(GPSTokens.from_geometry(layout, dataset.image_size), style="ellipses")
     assert_same_picture(tmp_path / "layouts.png", pictures)
+
+
+@pytest.mark.parametrize("draw", ["textures", "layouts", "validation"])
+def test_pictures_of_a_run_are_whole_or_the_old_ones(dataset, tmp_path, monkeypatch, draw):
+    """A full disk, a page that reloads or a kill while a picture is written meets no half of one."""
+    path = tmp_path / {"textures": "samples.png", "layouts": "layouts.png", "validation": "validation.png"}[draw]
+    Image.new("RGB", (3, 3)).save(path)
+    old = path.read_bytes()
+
+    def full(*names):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)  # all is written, and the disk says that it is not
+    pipe, _ = pipeline_for(dataset)
+    with pytest.raises(OSError, match="No space left"):
+        if draw == "textures":
+            previews.save_texture_preview(pipe.transformer, pipe.autoencoder, dataset, path)
+        elif draw == "layouts":
+            previews.save_layout_preview(pipe.layout_model, dataset, pipe.autoencoder.config.min_region_size, path)
+        else:
+            objective = objective_of(pipe.autoencoder)
+            objective.args.output_dir, objective.args.mixed_precision = tmp_path, "no"
+            objective.validation = [torch.zeros(1, 3, 32, 32)]
+            objective.validate(pipe.autoencoder, 1)
+    assert path.read_bytes() == old
+    assert not list(tmp_path.glob(".*.tmp"))
