@@ -27,7 +27,7 @@ def size_weights(sides_px: Tensor) -> Tensor:
 
 
 def sized_linear(x: Tensor, weight: Tensor, bias: Tensor, sizes: Tensor) -> Tensor:
-    """A linear layer whose weights are mixed by size, in float32.
+    """A linear layer whose weights are mixed by size: products in the weights' dtype, their mix in float32.
 
     Args:
         x: (..., in_channels).
@@ -38,9 +38,10 @@ def sized_linear(x: Tensor, weight: Tensor, bias: Tensor, sizes: Tensor) -> Tens
     Returns: (..., out_channels) float32.
     """
     with autocast_disabled(x):
-        x, weight, bias = x.float(), weight.float(), bias.float()
+        x = x.to(weight.dtype)
+        offset = sizes @ bias.float()
         if x.shape[-1] > weight.shape[1]:  # the narrower side is the one to hold once for each size
             each = F.linear(x, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
-            return (each * sizes[..., None]).sum(-2) + sizes @ bias
-        spread = (x[..., None, :] * sizes[..., None]).flatten(-2)
-        return spread @ weight.transpose(0, 1).flatten(1).T + sizes @ bias
+            return (each * sizes[..., None]).sum(-2) + offset
+        spread = (x[..., None, :] * sizes[..., None]).flatten(-2).to(weight.dtype)
+        return spread @ weight.transpose(0, 1).flatten(1).T + offset
