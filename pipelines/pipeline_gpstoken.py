@@ -70,7 +70,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         layout_scheduler: samples the first stage.
         layout_bank: layouts to draw from where there is no layout model, as the official release does it.
         sampling_defaults: other defaults of the second stage than 20 steps with guidance of 3 all the way:
-            `num_inference_steps`, `guidance_scale`, `guidance_interval`. They are saved with the pipeline.
+            `num_inference_steps`, `guidance_scale`, `guidance_interval`. They are saved with the pipeline. None takes
+            those that the transformer has had in another pipeline, {} has no others.
         id2label: names of the classes by number; None takes those that the transformer has had in another pipeline.
         guider, layout_guider: of `diffusers.guiders`, what calls take that name none; also as attributes. They are not
             saved.
@@ -110,17 +111,17 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             layout_scheduler=layout_scheduler,
             layout_bank=layout_bank,
         )
-        # Names go with the transformer, for `Pipeline(**pipe.components)`: diffusers' components leave settings out.
+        # What went with the transformer in another pipeline, see `components`.
         names = getattr(transformer, "_class_names", {}) if id2label is None else id2label
-        transformer._class_names = {int(number): name for number, name in names.items()}
         # JSON has only strings for keys.
-        self.register_to_config(id2label={str(number): name for number, name in names.items()})
-        if unknown := set(sampling_defaults or {}) - _TEXTURE_DEFAULTS.keys():
+        self.register_to_config(id2label={str(int(number)): name for number, name in names.items()})
+        defaults = getattr(transformer, "_sampling_defaults", {}) if sampling_defaults is None else sampling_defaults
+        if unknown := set(defaults) - _TEXTURE_DEFAULTS.keys():
             raise ValueError(
                 f"sampling_defaults can say {', '.join(_TEXTURE_DEFAULTS)}, but not {sorted(unknown)[0]!r}."
             )
-        if sampling_defaults:
-            self.register_to_config(sampling_defaults=dict(sampling_defaults))
+        if defaults:
+            self.register_to_config(sampling_defaults=dict(defaults))
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -147,6 +148,14 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
             raise ValueError(
                 f"id2label must name classes from 0 to {classes - 1}, those of the transformer, got {unknown[0]}."
             )
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name; `OtherPipeline(**pipe.components)` has the class names and `sampling_defaults` too."""
+        # diffusers leaves settings out, so they go with the transformer, whichever it is by now.
+        self.transformer._class_names = self.id2label
+        self.transformer._sampling_defaults = dict(self.config.get("sampling_defaults", {}))
+        return super().components
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from golden_files import golden
 from model_zoo import SMALL_CONFIG, load_golden, noise_images, small_model
-from pipeline_zoo import SMALL_GENERATOR, tiny_pipeline
+from pipeline_zoo import SMALL_GENERATOR, tiny_pipeline, tiny_transformer
 
 from gpstoken_diffusers import (
     GPSTokenImageProcessor,
     GPSTokenImg2ImgPipeline,
+    GPSTokenInpaintPipeline,
     GPSTokenPipeline,
     GPSTokenTransformerModel,
     LayoutBank,
@@ -112,6 +113,29 @@ def test_the_settings_of_the_release_are_the_defaults(released):
     pipe.set_progress_bar_config(disable=True)
     pipe(1, callback_on_step_end=lambda pipe, step, time, given: seen.append(step) or given, output_type="tokens")
     assert len(seen) == 250
+
+
+def test_pipelines_of_the_same_components_have_the_same_settings():
+    """By `from_pipe` and by `**components`, diffusers' two idioms; also with another transformer than at first."""
+    defaults = {"num_inference_steps": 3, "guidance_interval": (0.2, 1.0)}
+    names = {0: "ant", 1: "bee"}
+
+    def settings(pipe):
+        chosen = pipe._texture_settings(None, None, None)
+        return chosen.num_inference_steps, chosen.guidance_scale, tuple(chosen.guidance_interval), pipe.id2label
+
+    kinds = (GPSTokenPipeline, GPSTokenImg2ImgPipeline, GPSTokenInpaintPipeline)
+    pipe = tiny_pipeline(sampling_defaults=defaults, id2label=names)
+    for change in (lambda: None, lambda: setattr(pipe, "transformer", tiny_transformer(seed=5))):
+        change()
+        for kind in kinds:
+            for again in (kind(**pipe.components), kind.from_pipe(pipe), kind.from_pipe(kind(**pipe.components))):
+                assert settings(again) == (3, 3.0, (0.2, 1.0), names)
+    other = GPSTokenPipeline(**pipe.components, sampling_defaults={"guidance_scale": 2.0}, id2label={})
+    assert settings(other) == (20, 2.0, (0.0, 1.0), {})
+    assert settings(GPSTokenPipeline(**other.components, sampling_defaults={})) == (20, 3.0, (0.0, 1.0), {})
+    # Each pipeline hands on its own, although they share one transformer.
+    assert settings(GPSTokenPipeline(**pipe.components)) == (3, 3.0, (0.2, 1.0), names)
 
 
 def test_class_names_of_imagenet(layouts):
