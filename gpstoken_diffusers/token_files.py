@@ -92,7 +92,7 @@ def load_tokens(path: str | os.PathLike, kind: type[Tokens]) -> Tokens:
     try:
         sizes = {name: json.loads(header[name]) for name in _SIZES}
         if _is_plain(header):
-            return kind(tensors["geometry"], tensors["texture"], **sizes).validate()
+            return kind(tensors["geometry"], _own_texture(tensors["texture"]), **sizes).validate()
         shape = _shape(json.loads(header["shape"]))
         bits = _BITS_OF_ENCODING.get(header["encoding"])
         if bits is None:
@@ -101,7 +101,7 @@ def load_tokens(path: str | os.PathLike, kind: type[Tokens]) -> Tokens:
         # Tensors without numbers, to check that the tile grid fits the shape before it is used.
         blank = (torch.empty(*shape[:2], channels, device="meta") for channels in (GEOMETRY_CHANNELS, shape[2]))
         geometry = _decode_geometry(codes, bits, kind(*blank, **sizes).tile_grid)
-        return kind(geometry, _decode_texture(texture_codes, ranges, bits), **sizes).validate()
+        return kind(geometry, _own_texture(_decode_texture(texture_codes, ranges, bits)), **sizes).validate()
     except KeyError as error:
         raise ValueError(f"{path}: the tokens lack {error}. {_ADVICE}") from error
     except (ValueError, TypeError, RecursionError) as error:  # RecursionError: JSON nested a thousand levels deep
@@ -181,6 +181,12 @@ def _read(path: str | os.PathLike, with_tensors: bool) -> tuple[dict[str, str], 
         # Copies, so that the file is not kept mapped into memory while the tokens live.
         tensors = {name: file.get_tensor(name).clone() for name in names} if with_tensors else {}
     return header, tensors
+
+
+def _own_texture(texture: Tensor) -> Tensor:
+    """A texture as it was stored, but none for a layout of older programs, which gave it one channel of zeros."""
+    made_up = texture.ndim == 3 and texture.shape[2] == 1 and not texture.any()
+    return texture[..., :0] if made_up else texture
 
 
 def _is_plain(header: Mapping[str, str]) -> bool:

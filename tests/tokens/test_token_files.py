@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -54,6 +55,21 @@ def test_plain_files_are_those_of_the_first_release(tmp_path, dtype, digest):
     # safetensors writes the header's strings in a random order: they are sorted here.
     header = json.dumps([end - 8, json.loads(data[8:end])], sort_keys=True)
     assert hashlib.sha256(header.encode() + data[end:]).hexdigest() == digest
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "uint8"])
+@pytest.mark.parametrize("is_layout", [True, False])
+def test_a_layout_of_older_programs_is_a_layout(tmp_path, dtype, is_layout):
+    """They gave layouts one channel of zeros; one channel with any number in it is a texture."""
+    tokens = make_tokens(2, 12, 1, torch.float32, image_size=(50, 60), tile_grid=(2, 2), canvas_size=(64, 64))
+    texture = torch.zeros(2, 12, 1)
+    if not is_layout:
+        texture[-1, -1] = 0.5
+    dataclasses.replace(tokens, texture=texture).save(tmp_path / "old.gps", dtype=dtype)
+    loaded = GPSTokens.load(tmp_path / "old.gps")
+    assert loaded.is_layout == is_layout
+    assert loaded.num_tokens == tokens.num_tokens
+    torch.testing.assert_close(loaded.geometry, tokens.geometry, atol=0.02, rtol=0.02)  # 8 bits round
 
 
 def test_saving_views_and_parameters(tmp_path):
