@@ -16,7 +16,7 @@ from transformers.image_processing_base import BatchFeature, ImageProcessingMixi
 from .geometry import merge_tile_geometry
 from .layouts.of_pictures import partition_tiles
 from .layouts.requested import layout_from_mask
-from .picture_files import mask_levels, read_picture, upright_rgb
+from .picture_files import check_background, mask_levels, read_picture, upright_rgb
 from .tiling import cut_tiles, pad_to_tiles, seen_sizes, tile_grid_for
 from .tokens import GPSTokens
 
@@ -74,10 +74,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
         for name, value in (("tile_size", tile_size), ("num_tokens", num_tokens), ("shortest_edge", shortest_edge)):
             if value is not None and (not _is_integer(value) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-        if len(background) != 3 or not all(_is_integer(value) and 0 <= value <= 255 for value in background):
-            raise ValueError(
-                f"background must be three integers from 0 to 255, red, green and blue, got {background!r}."
-            )
+        check_background(background)
         # Python's own numbers, as JSON takes no others.
         self.shortest_edge, self.center_crop = None if shortest_edge is None else int(shortest_edge), center_crop
         self.tile_size, self.num_tokens, self.background = int(tile_size), int(num_tokens), [int(v) for v in background]
@@ -211,6 +208,7 @@ class GPSTokenImageProcessor(ImageProcessingMixin):
             ValueError: an empty file, one that is no image in a raster format, or a damaged one.
             OSError: the system cannot read the file.
         """
+        check_background(background)  # before the file, whose fault it is not
         return read_picture(path, str(path), lambda image: upright_rgb(image, background))
 
     @staticmethod

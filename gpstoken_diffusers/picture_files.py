@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -115,10 +116,17 @@ def _without_metadata(png: bytes) -> bytes:
 
 def upright_rgb(image: Image.Image, background: Sequence[int] = (255, 255, 255)) -> Image.Image:
     """A picture of any mode as [`upright`] makes it, laid on a colour where it is transparent: 8-bit RGB."""
+    check_background(background)
     picture = upright(image)
     if picture.mode == "RGB":
         return picture
     return Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture).convert("RGB")
+
+
+def check_background(background: Sequence[int]) -> None:
+    """Raises ValueError unless it is a colour: three integers from 0 to 255."""
+    if len(background) != 3 or not all(isinstance(level, Integral) and 0 <= level <= 255 for level in background):
+        raise ValueError(f"background must be three integers from 0 to 255, red, green and blue, got {background!r}.")
 
 
 def upright(image: Image.Image) -> Image.Image:

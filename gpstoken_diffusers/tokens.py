@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -206,7 +207,7 @@ class GPSTokens:
             IndexError: no such image, or a mask of another length.
             TypeError: an index of another kind.
         """
-        if isinstance(index, int) and not isinstance(index, bool):
+        if isinstance(index, Integral) and not isinstance(index, bool):
             if not -self.batch_size <= index < self.batch_size:
                 raise IndexError(f"image {index} of a batch of {self.batch_size}")
             index = slice(index, index + 1 or None)
@@ -363,8 +364,8 @@ class GPSTokens:
 
 
 def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
-    if not isinstance(value, (tuple, list)) or [isinstance(size, int) for size in value] != [True, True]:
+    if not isinstance(value, (tuple, list)) or [isinstance(size, Integral) for size in value] != [True, True]:
         raise TypeError(f"{name} must be two ints (height, width or rows, columns), not {value!r}")
     if min(value) < 1:
         raise ValueError(f"{name} must be at least 1 along both axes, not {tuple(value)}")
-    return (value[0], value[1])
+    return (int(value[0]), int(value[1]))  # Python's own, as JSON takes no others

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -306,8 +307,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
 
         Returns: B class numbers; the given layouts (B, N, 5), or None; B generators of the texture, B of the layout.
         """
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}.")
+        _check_count("num_images_per_label", num_images_per_label)
         labels = [label for label in self.label_ids(class_labels) for _ in range(num_images_per_label)]
         if layout is not None and not isinstance(layout, LayoutBank):
             layout = self.prepare_layout(layout, num_tokens)
@@ -423,8 +423,7 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
                 "partition, or a LayoutBank."
             )
         num_tokens = self.layout_model.config.num_tokens if num_tokens is None else num_tokens
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
+        _check_count("num_tokens", num_tokens)
         config = self.autoencoder.config
         check_num_tokens(num_tokens, config.sample_size, config.sample_size, config.min_region_size)
 
@@ -574,3 +573,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         """Makes the pictures of tokens: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), in [0, 1]."""
         tokens = tokens.to(self._execution_device, self.autoencoder.dtype)
         return self.image_processor.postprocess(self.autoencoder.decode(tokens).sample, output_type)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be at least 1 and an integer, got {value!r}.")

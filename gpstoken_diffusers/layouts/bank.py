@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,10 @@ class LayoutBank(SchedulerMixin):
                 "layouts: expected finite numbers, sigma > 0 and |rho| < 1, but in token "
                 f"{token} of layout {layout} (sigma_x, sigma_y, rho, x, y) is ({numbers})."
             )
-        self.id2label = dict(id2label or {})
-        for label, name in self.id2label.items():
-            if not isinstance(label, int) or not isinstance(name, str):
+        for label, name in (id2label or {}).items():
+            if not isinstance(label, Integral) or not isinstance(name, str):
                 raise TypeError(f"id2label: expected names by integers, got {label!r}: {name!r}.")
+        self.id2label = {int(label): name for label, name in (id2label or {}).items()}
 
     def __len__(self) -> int:
         return len(self.layouts)

@@ -7,6 +7,8 @@ sigma = 1 - t from 1 (noise) to 0 (data), name steps by timestep = 1000 sigma, a
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -30,7 +32,8 @@ _ALMOST_NOISE = 1 - 1e-6
 
 def check_num_steps(num_inference_steps: int, fewest: int = 1) -> None:
     """Raises ValueError unless `num_inference_steps` is an integer of at least `fewest`."""
-    if not isinstance(num_inference_steps, int) or num_inference_steps < fewest:
+    is_integer = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
+    if not is_integer or num_inference_steps < fewest:
         raise ValueError(f"num_inference_steps must be an integer of at least {fewest}, got {num_inference_steps!r}.")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -43,16 +45,18 @@ def guided_velocity(
         and returns as many, as the released sampler does: where guidance acts, companions get the velocity of their
         samples; elsewhere they go their own way without a class. Only the step size of "official-ode" depends on them.
 
-    Raises ValueError: a scale below 0, or an interval that is reversed or outside [0, 1].
+    Raises ValueError: a scale below 0 or infinite, or an interval that is reversed or outside [0, 1].
     """
-    first, last = guidance_interval
-    if not 0 <= first <= last <= 1:
+    is_pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
+    is_pair = is_pair and all(isinstance(time, Real) for time in guidance_interval)
+    if not is_pair or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
         raise ValueError(
             f"guidance_interval must be (first, last) with 0 <= first <= last <= 1 in flow time (0 noise, 1 data), "
-            f"got {tuple(guidance_interval)}."
+            f"got {guidance_interval!r}."
         )
-    if not guidance_scale >= 0:
-        raise ValueError(f"guidance_scale must be at least 0, got {guidance_scale}.")
+    first, last = guidance_interval
+    if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale must be at least 0 and finite, got {guidance_scale!r}.")
     batch_size = len(class_labels)
     guidable = guidance_scale != 1 and bool((class_labels != null_class).any())
     both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -359,3 +361,29 @@ def test_half_precision(pipe):
     assert rough.dtype == torch.float32
     # bfloat16 keeps 8 bits; the tiny random decoder amplifies that to some hundredths of the range.
     assert (exact - rough).abs().mean() < 0.05
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    """`for steps in np.arange(...)` gives them, and saved JSON takes Python's own alone."""
+    asked = {"num_inference_steps": 2, "layout_num_inference_steps": 2, "num_tokens": 5, "num_images_per_label": 2}
+    plain, other = (
+        pipe(
+            1,
+            **{name: kind(number) for name, number in asked.items()},
+            guidance_scale=kind(2),
+            generator=seeded(0, 1),
+            output_type="tokens",
+        ).tokens
+        for kind in (int, np.int64)
+    )
+    assert torch.equal(plain.texture, other.texture)
+    sized = GPSTokens(plain.geometry, plain.texture, tuple(np.array(plain.image_size)), (np.int64(1), np.int64(1)))
+    assert json.loads(json.dumps(sized.image_size)) == [32, 32] and len(sized[np.int64(1)]) == 1
+    assert LayoutBank(plain.geometry, [0, 1], {np.int64(1): "bee"}).id2label == {1: "bee"}
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "num_images_per_label"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, float("nan")])
+def test_numbers_that_are_no_count(pipe, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1 and an integer, got"):
+        pipe(1, **{name: value}, num_inference_steps=1)

@@ -76,7 +76,7 @@ def test_official_defaults():
     (("xyzzy",), "There is no sampler 'xyzzy'. Choose one of official-sde, official-sde-heun, "),
     ((None,), "There is no sampler None"),
     *(((name, steps), "num_inference_steps must be an integer of at least") for name, steps in
-      (("sde", 0), ("official-sde", 1), ("official-ode-euler", 1), ("heun", 1.5))),
+      (("sde", 0), ("official-sde", 1), ("official-ode-euler", 1), ("heun", 1.5), ("heun", True), ("heun", "3"))),
 ])  # fmt: skip
 def test_names_and_steps_that_there_are_not(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -293,7 +293,20 @@ MISTAKES = {
     "noise": (lambda: stepping(GPSTokenSDEScheduler(), noise=torch.zeros(1, 6, 5)), r"\(3, 6, 5\), got \(1, 6, 5\)"),
     "heun_without_noise": (lambda: stepping(GPSTokenSDEScheduler(sde_solver="heun")), "call add_first_noise before"),
     "interval": (lambda: guided_velocity(None, torch.tensor([1]), 3, 2.0, (0.5, 0.2)), "0 <= first <= last <= 1"),
-    "scale": (lambda: guided_velocity(None, torch.tensor([1]), 3, float("nan")), "guidance_scale must be at least 0"),
+    **{
+        f"scale_{scale}": (
+            lambda scale=scale: guided_velocity(None, torch.tensor([1]), 3, scale),
+            "guidance_scale must be at least 0 and finite",
+        )
+        for scale in (float("nan"), float("inf"), -1.0, "3", None)
+    },
+    **{
+        f"interval_{interval}": (
+            lambda interval=interval: guided_velocity(None, torch.tensor([1]), 3, 2.0, interval),
+            "guidance_interval must be .first, last.",
+        )
+        for interval in ((0.5,), 0.5, ("0", "1"), (None, 1.0), (0.0, float("nan")), (0.0, 0.5, 1.0))
+    },
     "number_of_generators": (lambda: sample_generators(generators(1), 2), "a list of 2, one per sample, got 1"),
 }
 

@@ -56,6 +56,16 @@ def test_gray_palette_and_sixteen_bits():
     assert set(GPSTokenImageProcessor(**SMALL)(bits)["pixel_values"].unique().tolist()) <= {-1.0, 1.0}
 
 
+@pytest.mark.parametrize("background", [(300, 0, 0), (-1, 0, 0), (1, 2), (0.5, 0, 0), (1, 2, 3, 4)])
+@pytest.mark.parametrize("takes", [GPSTokenImageProcessor, GPSTokenImageProcessor.load_image])
+def test_a_background_that_is_no_colour_is_refused(tmp_path, takes, background):
+    """And is no fault of the picture."""
+    Image.new("RGBA", (4, 4)).save(path := tmp_path / "a.png")
+    place = () if takes is GPSTokenImageProcessor else (path,)
+    with pytest.raises(ValueError, match="^background must be three integers from 0 to 255"):
+        takes(*place, background=background)
+
+
 def test_transparency_is_laid_on_the_background():
     array = np.dstack([picture(), np.zeros((32, 32), np.uint8)])
     array[:, 16:, 3] = 255
