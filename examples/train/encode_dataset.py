@@ -48,6 +48,7 @@ from tqdm.auto import tqdm
 
 from gpstoken_diffusers import AutoencoderGPSToken, GPSTokenImageProcessor
 from gpstoken_diffusers.assets import MINI
+from gpstoken_diffusers.cli.errors import printable
 from gpstoken_diffusers.ops.partition import max_tokens
 from gpstoken_diffusers.training.labelled_pictures import (
     ClassFolders,
@@ -313,7 +314,7 @@ def run(args: argparse.Namespace) -> None:
         skipped = write_index(args.output, plan.num_shards, description)["skipped"]
         logger.info("%s holds %d items", args.output, len(TokenDataset(args.output)))
         if skipped:
-            listed = "".join(f"\n  {picture}: {reason}" for picture, reason in skipped.items())
+            listed = "".join(f"\n  {printable(picture)}: {reason}" for picture, reason in skipped.items())
             logger.warning("%d pictures could not be read and were left out:%s", len(skipped), listed)
     accelerator.end_training()
 
