@@ -71,8 +71,8 @@ class GPSTokenPipeline(FlowSamplingMixin, PortableFolderMixin, DiffusionPipeline
         layout_scheduler: samples the first stage.
         layout_bank: layouts to draw from where there is no layout model, as the official release does it.
         sampling_defaults: other defaults of the second stage than 20 steps with guidance of 3 all the way:
-            `num_inference_steps`, `guidance_scale`, `guidance_interval`. They are saved with the pipeline. None takes
-            those that the transformer has had in another pipeline, {} has no others.
+            `num_inference_steps`, `guidance_scale`, `guidance_interval`. They are saved with the pipeline. None: those
+            of the pipeline whose `components` the transformer comes from; {}: none.
         id2label: names of the classes by number; None takes those that the transformer has had in another pipeline.
         guider, layout_guider: of `diffusers.guiders`, what calls take that name none; also as attributes. They are not
             saved.

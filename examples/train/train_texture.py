@@ -66,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_training_arguments(parser)
     args = parser.parse_args(argv)
+    if args.pretrained and args.emphasis and not args.new_statistics:
+        parser.error("latents of a --pretrained model keep their scale: --emphasis needs --new_statistics beside it")
     if args.pretrained and args.config:
         parser.error("the sizes of a --pretrained model are its own: leave --config out")
     return args

@@ -292,7 +292,7 @@ def test_pixels_come_without_shared_memory(pictures, model_folder):
     assert {type(value) for value in batch["features"].values()} == {np.ndarray}
 
 
-def test_odd_names_and_shapes_are_pictures_too(encode, tmp_path):
+def test_odd_names_and_shapes_are_pictures_too(encode, tmp_path, caplog):
     folder = tmp_path / "odd"
     folder.mkdir()
     smooth_picture(1).save(folder / "plain.png")
@@ -303,6 +303,7 @@ def test_odd_names_and_shapes_are_pictures_too(encode, tmp_path):
     assert encode(tmp_path / "out", "--data", str(folder)) == 0
     dataset = TokenDataset(tmp_path / "out")
     assert len(dataset) == 4 * 3 and len(dataset.description["skipped"]) == 1
+    assert "bad\\udce9.png: not an image" in caplog.text  # in letters that every log can hold
 
 
 def test_a_folder_of_pictures_is_one_class(encode, tmp_path):

@@ -345,6 +345,20 @@ def test_a_model_goes_on_with_tokens_of_another_tokenizer(workplace):
         assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-10) for name in before)
 
 
+@pytest.mark.parametrize("more, message", [
+    (["--emphasis", "0.5"], "--emphasis needs --new_statistics"),
+    (["--config", "tiny.json"], "leave --config out"),
+])  # fmt: skip
+def test_a_pretrained_model_keeps_its_own(capsys, more, message):
+    script = load_script(EXAMPLES / "train_texture.py")
+    line = ["--train_dir", "tokens", "--output_dir", "x", "--pretrained", "model", *more]
+    with pytest.raises(SystemExit):
+        script.parse_args(line)
+    assert message in capsys.readouterr().err
+    if "--emphasis" in more:
+        assert script.parse_args([*line, "--new_statistics"]).emphasis == 0.5
+
+
 @pytest.mark.parametrize("residual", ["additive", "relative"])
 def test_latents_are_scaled_by_how_much_they_change_the_picture(tmp_path, residual):
     dataset, tokenizer = TokenDataset(made_up_dataset(tmp_path / "tokens")), tiny_model("lattice").eval()
